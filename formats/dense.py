@@ -1,0 +1,77 @@
+"""A checkpoint seen as dense weights, whatever encoding it is stored in.
+
+Readers that want weights (a forward pass, `convert --to dense`, `verify`) ask this view for `X.weight` and get it, decoded
+from codes and scales where the checkpoint is quantized. Decoded weights are float32: the product of an integer and a
+bf16 or fp16 scale is exact there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from tersor.formats import encodings
+from tersor.formats.checkpoint import Checkpoint
+from tersor.formats.conv1d import is_transposed
+from tersor.formats.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DenseTensor(NamedTuple):
+    """One dense tensor: how it is stored (`scheme` None: as it is)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+    module: str | None = None
+    transposed: bool = False
+
+
+class DenseView:
+    """The dense tensors of `checkpoint`, by the names they had before quantization."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        """Raises TersorError for a quantization_config of a kind that is not read here."""
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.encoding = encodings.detect(checkpoint.config, checkpoint.tensors)
+        self.tensors: dict[str, DenseTensor] = {}
+        owned: dict[str, str] = {}
+        schemes: dict[str, Scheme] = {}
+        if self.encoding is not None:
+            schemes = encodings.schemes(self.encoding, checkpoint.config, checkpoint.tensors)
+            for module in schemes:
+                owned |= {name: module for name in self.encoding.tensor_names(module, checkpoint.tensors)}
+        for name, info in checkpoint.tensors.items():
+            module = owned.get(name)
+            if module is None:
+                self.tensors[name] = DenseTensor(info.dtype, info.shape)
+            elif f"{module}.weight" not in self.tensors:
+                shapes = {other: checkpoint.tensors[other] for other, owner in owned.items() if owner == module}
+                shape, dtype = self.encoding.dense_shape(module, shapes, schemes[module])
+                transposed = is_transposed(checkpoint, f"{module}.weight")
+                shape = shape[::-1] if transposed else shape
+                self.tensors[f"{module}.weight"] = DenseTensor(dtype, shape, schemes[module], module, transposed)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.encoding is not None
+
+    def codes(self, module: str) -> encodings.QuantizedWeight:
+        """Codes, scales and zero points of a quantized module, `[out, in]`."""
+        entry = self.tensors[f"{module}.weight"]
+        return self.encoding.decode(module, self.checkpoint.read, set(self.checkpoint.tensors), entry.scheme)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its stored dtype, or in float32 when it had to be decoded."""
+        entry = self.tensors.get(name)
+        if entry is None or entry.scheme is None:
+            return self.checkpoint.read(name)
+        weight = encodings.dequantize(self.codes(entry.module), entry.scheme)
+        return weight.T.contiguous() if entry.transposed else weight
+
+    def map(self, name: str) -> torch.Tensor:
+        """Like `read`, but backed by the file where that is possible."""
+        entry = self.tensors.get(name)
+        return self.checkpoint.map(name) if entry is None or entry.scheme is None else self.read(name)

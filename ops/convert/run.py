@@ -1,0 +1,156 @@
+"""`convert`: the same codes in another encoding, or dense weights again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tersor import __version__
+from tersor.formats import encodings
+from tersor.formats.checkpoint import Checkpoint
+from tersor.formats.dense import DenseTensor, DenseView
+from tersor.formats.encodings import QuantizedWeight
+from tersor.formats.errors import TersorError
+from tersor.formats.header import FLOAT_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
+from tersor.formats.locate import locate
+from tersor.formats.report import Report, TensorEntry
+from tersor.formats.writer import CheckpointWriter, Layout, check_output, partial_path, writing
+from tersor.ops.model.copy import copy_tensor
+from tersor.ops.verify.run import check_folder
+
+TARGETS = ("dense", "compressed-tensors", "gptq")
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass
+class Request:
+    model: str
+    output: Path
+    to: str
+    dtype: str | None = None
+    force: bool = False
+    resume: bool = False
+
+    def arguments(self) -> dict:
+        return {"to": self.to, "dtype": self.dtype}
+
+
+def convert(request: Request, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Report:
+    """Write `request.model` in another encoding. Raises TersorError where that would lose something."""
+    if request.to not in TARGETS:
+        raise TersorError(f"unknown target {request.to!r}", f"one of {' '.join(TARGETS)}")
+    if request.dtype is not None and (request.dtype not in DTYPES or request.to != "dense"):
+        raise TersorError(f"--dtype {request.dtype}", f"one of {' '.join(DTYPES)}, together with --to dense")
+    checkpoint = Checkpoint(locate(request.model))
+    check_output(request.output, checkpoint.path, request.force, request.resume)
+    view = DenseView(checkpoint)
+    if not view.is_quantized:
+        raise TersorError(f"{checkpoint.path}: is dense already", "quantize it with tersor quantize")
+    layout = {name: _plan(view, entry, name, request) for name, entry in view.tensors.items()}
+    key = {"version": __version__, "input": checkpoint.fingerprint(), **request.arguments()}
+    report = Report.start("convert", request.arguments(), 0, "cpu", checkpoint, Report.history_of(checkpoint.path))
+    flat: Layout = {name: entry for tensors in layout.values() for name, entry in tensors.items()}
+    with writing(CheckpointWriter(request.output, flat, key, request.resume)) as writer:
+        for count, (name, entry) in enumerate(view.tensors.items()):
+            progress("tensors", count, len(view.tensors))
+            if name not in writer.journal.done:
+                _write(view, entry, name, layout[name], request, writer)
+                writer.finish(name, None)
+            report.tensors.append(_entry(view, entry, name, layout[name]))
+        _write_config(checkpoint, view, request, writer)
+        writer.copy_side_files(checkpoint)
+        problems = check_folder(partial_path(request.output), expected=flat, sample=True)
+        if problems:
+            raise TersorError(f"{request.output}: the output is not sound: {problems[0]}", "please report this as a bug")
+        report.finish(Checkpoint(partial_path(request.output)), name=str(request.output))
+        report.write(writer.partial)
+        writer.commit()
+    return report
+
+
+def _dense_dtype(view: DenseView, entry: DenseTensor, request: Request) -> str:
+    if request.dtype is not None and entry.dtype in FLOAT_DTYPES:
+        return DTYPES[request.dtype]
+    if entry.scheme is None:
+        return entry.dtype
+    declared = (view.config or {}).get("dtype") or (view.config or {}).get("torch_dtype")
+    return DTYPES.get(declared, entry.dtype)
+
+
+def _plan(view: DenseView, entry: DenseTensor, name: str, request: Request) -> Layout:
+    if entry.scheme is None or request.to == "dense":
+        return {name: (_dense_dtype(view, entry, request), entry.shape)}
+    shape = entry.shape[::-1] if entry.transposed else entry.shape
+    target = encodings.encoding(request.to)
+    target.check(entry.module, shape, entry.scheme)
+    return target.layout(entry.module, shape, entry.scheme, _scale_dtype(view, entry, request.to))
+
+
+def _scale_dtype(view: DenseView, entry: DenseTensor, to: str) -> str:
+    """gptq knows only fp16. The way back takes the model's own dtype when every scale is exact in it."""
+    if to == "gptq":
+        return "F16"
+    declared = (view.config or {}).get("dtype") or (view.config or {}).get("torch_dtype")
+    wanted = DTYPES.get(declared, entry.dtype)
+    scale = view.codes(entry.module).scale
+    dtype = getattr(torch, TORCH_DTYPES[wanted])
+    return wanted if torch.equal(scale.to(dtype).float(), scale.float()) else entry.dtype
+
+
+def _write(view: DenseView, entry: DenseTensor, name: str, layout: Layout, request: Request, writer: CheckpointWriter):
+    if entry.scheme is None and layout[name][0] == entry.dtype:
+        copy_tensor(view.checkpoint, name, writer)
+    elif request.to == "dense" or entry.scheme is None:
+        writer.write(name, view.read(name).to(getattr(torch, TORCH_DTYPES[layout[name][0]])))
+    else:
+        quantized = view.codes(entry.module)
+        dtype = next(dtype for tensor, (dtype, _) in layout.items() if tensor.endswith(("scale", "scales")))
+        scale = quantized.scale.to(getattr(torch, TORCH_DTYPES[dtype]))
+        if not torch.equal(scale.float(), quantized.scale.float()):
+            raise TersorError(
+                f"{entry.module}: scales in {SAFETENSORS_DTYPES[str(quantized.scale.dtype).removeprefix('torch.')]} do not fit "
+                f"{dtype} without rounding",
+                "go through dense and quantize again, or keep the encoding",
+            )
+        same = QuantizedWeight(quantized.codes, scale, quantized.zero_point)
+        for tensor, value in encodings.encoding(request.to).encode(entry.module, same, entry.scheme).items():
+            writer.write(tensor, value)
+
+
+def _write_config(checkpoint: Checkpoint, view: DenseView, request: Request, writer: CheckpointWriter) -> None:
+    if checkpoint.config is None:
+        return
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if request.to != "dense":
+        schemes = {entry.module: entry.scheme for entry in view.tensors.values() if entry.scheme is not None}
+        from tersor.ops.model.selection import select
+
+        selection = select(checkpoint)
+        ignore = [linear.module for linear in selection.linears.values()] + selection.dense_modules
+        settings = encodings.encoding(request.to).quantization_config(
+            schemes, [module for module in ignore if module not in schemes]
+        )
+        config["quantization_config"] = settings
+        if request.to == "gptq":
+            writer.add_json("quantize_config.json", settings)
+    elif request.dtype is not None:
+        config["dtype"] = request.dtype
+    writer.add_json("config.json", config)
+
+
+def _entry(view: DenseView, entry: DenseTensor, name: str, layout: Layout) -> TensorEntry:
+    from tersor.formats.header import tensor_bytes
+
+    owned = view.encoding.tensor_names(entry.module, view.checkpoint.tensors) if entry.scheme else [name]
+    before = sum(view.checkpoint.tensors[tensor].nbytes for tensor in owned)
+    after = sum(tensor_bytes(*tensor) for tensor in layout.values())
+    kind = f"{entry.scheme.kind}{entry.scheme.bits}" if entry.scheme else entry.dtype
+    target = layout[name][0] if name in layout else kind
+    return TensorEntry(
+        name, "convert" if entry.scheme else "keep", None,
+        {"dtype": kind, "shape": list(entry.shape), "bytes": before},
+        {"dtype": target, "shape": list(entry.shape), "bytes": after}, None, None, None, None,
+    )  # fmt: skip

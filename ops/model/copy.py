@@ -1,0 +1,32 @@
+"""Tensors that stay as they are: streamed from file to file in pieces, and looked at on the way."""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.formats.checkpoint import Checkpoint
+from tersor.formats.errors import TersorError
+from tersor.formats.header import FLOAT_DTYPES, TORCH_DTYPES
+from tersor.formats.writer import COPY_BYTES, CheckpointWriter
+
+
+def not_finite(name: str, checkpoint: Checkpoint) -> TersorError:
+    return TersorError(
+        f"{checkpoint.tensors[name].file}: tensor {name!r} holds NaN or Inf", "the checkpoint is damaged: get a sound copy"
+    )
+
+
+def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter) -> None:
+    """Copy one tensor's bytes. Raises TersorError when a float tensor holds NaN or Inf."""
+    info = checkpoint.tensors[name]
+    buffer = torch.empty(min(COPY_BYTES, info.nbytes), dtype=torch.uint8)
+    for start in range(0, info.nbytes, COPY_BYTES):
+        piece = buffer[: min(COPY_BYTES, info.nbytes - start)]
+        view = memoryview(piece.numpy())
+        checkpoint.read_bytes(info.file, info.offset + start, view)
+        if info.dtype in FLOAT_DTYPES:
+            values = piece.view(getattr(torch, TORCH_DTYPES[info.dtype]))
+            low, high = torch.aminmax(values)
+            if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
+                raise not_finite(name, checkpoint)
+        writer.write_bytes(name, start, view)

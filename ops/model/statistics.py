@@ -1,0 +1,84 @@
+"""What calibration learns about the inputs of a linear layer. One object serves all layers that read the same tensor."""
+
+from __future__ import annotations
+
+import torch
+
+PANEL_COLUMNS = 512
+KINDS = ("column_norms", "column_means", "hessian", "samples")
+
+
+class InputStatistics:
+    """Sums over the rows `[tokens, in]` that arrive at a layer, in float32.
+
+    `needs` names what to collect: `column_norms` (sum of squares), `column_means` (sum of magnitudes),
+    `hessian` (X^T X), `samples` (the first `max_samples` rows themselves).
+    """
+
+    def __init__(self, needs: frozenset[str] | set[str], max_samples: int = 512):
+        unknown = set(needs) - set(KINDS)
+        if unknown:
+            raise ValueError(f"unknown statistics: {sorted(unknown)}")
+        self.needs, self.max_samples = needs, max_samples
+        self.tokens = 0
+        self.prepared: dict[str, object] = {}  # what algorithms derive once for all layers with this input
+        self._squares = self._magnitudes = self._products = None
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in one batch, any shape `[..., in]`."""
+        x = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
+        if "samples" in self.needs and self.tokens < self.max_samples:
+            self._rows.append(x[: self.max_samples - self.tokens].clone())
+        self.tokens += x.shape[0]
+        if "column_norms" in self.needs:
+            squares = torch.linalg.vector_norm(x, dim=0).square()
+            self._squares = squares if self._squares is None else self._squares.add_(squares)
+        if "column_means" in self.needs:
+            magnitudes = torch.linalg.vector_norm(x, ord=1, dim=0)
+            self._magnitudes = magnitudes if self._magnitudes is None else self._magnitudes.add_(magnitudes)
+        if "hessian" in self.needs:
+            if self._products is None:
+                self._products = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            _add_products(self._products, x)
+
+    @property
+    def column_norms(self) -> torch.Tensor:
+        """Root of the sum of squares of each input `[in]`."""
+        if self._squares is None and self._products is not None:
+            return self._products.diagonal().sqrt()
+        return self._squares.sqrt()
+
+    @property
+    def column_means(self) -> torch.Tensor:
+        """Mean magnitude of each input `[in]`."""
+        return self._magnitudes / max(self.tokens, 1)
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """X^T X / tokens `[in, in]`: half the second derivative of the mean squared output error."""
+        upper = torch.triu(self._products)
+        return (upper + torch.triu(upper, diagonal=1).T) / max(self.tokens, 1)
+
+    def rescale(self, factor: torch.Tensor) -> None:
+        """What would have been collected had every input been multiplied by `factor` `[in]`."""
+        self.prepared.clear()
+        if self._squares is not None:
+            self._squares.mul_(factor.square())
+        if self._magnitudes is not None:
+            self._magnitudes.mul_(factor.abs())
+        if self._products is not None:
+            self._products.mul_(factor).mul_(factor[:, None])
+        self._rows = [rows * factor for rows in self._rows]
+
+    @property
+    def samples(self) -> torch.Tensor:
+        """The first rows that arrived `[≤ max_samples, in]`."""
+        return torch.cat(self._rows)
+
+
+def _add_products(products: torch.Tensor, x: torch.Tensor) -> None:
+    """products += x^T x on the upper block triangle: the lower one is its mirror, so half of the work is saved."""
+    for start in range(0, x.shape[1], PANEL_COLUMNS):
+        panel = x[:, start : start + PANEL_COLUMNS]
+        products[start : start + PANEL_COLUMNS, start:].addmm_(panel.T, x[:, start:])
