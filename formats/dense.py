@@ -37,19 +37,17 @@ class DenseView:
         self.config = checkpoint.config
         self.encoding = encodings.detect(checkpoint.config, checkpoint.tensors)
         self.tensors: dict[str, DenseTensor] = {}
-        owned: dict[str, str] = {}
         schemes: dict[str, Scheme] = {}
+        owner: dict[str, str] = {}  # stored tensor -> quantized module
         if self.encoding is not None:
             schemes = encodings.schemes(self.encoding, checkpoint.config, checkpoint.tensors)
-            for module in schemes:
-                owned |= {name: module for name in self.encoding.tensor_names(module, checkpoint.tensors)}
+            owner = {name: module for module in schemes for name in self.encoding.tensor_names(module, checkpoint.tensors)}
         for name, info in checkpoint.tensors.items():
-            module = owned.get(name)
+            module = owner.get(name)
             if module is None:
                 self.tensors[name] = DenseTensor(info.dtype, info.shape)
             elif f"{module}.weight" not in self.tensors:
-                shapes = {other: checkpoint.tensors[other] for other, owner in owned.items() if owner == module}
-                shape, dtype = self.encoding.dense_shape(module, shapes, schemes[module])
+                shape, dtype = self.encoding.dense_shape(module, checkpoint.tensors, schemes[module], checkpoint.read)
                 transposed = is_transposed(checkpoint, f"{module}.weight")
                 shape = shape[::-1] if transposed else shape
                 self.tensors[f"{module}.weight"] = DenseTensor(dtype, shape, schemes[module], module, transposed)

@@ -1,1 +1,1 @@
-"""Numerical kernels: for each family a plain-torch definition, a Triton kernel and one function that picks between them."""
+"""Numerical kernels: per family a plain-torch definition, a Triton kernel and one function that picks between them."""

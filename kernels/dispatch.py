@@ -1,8 +1,8 @@
 """Which implementation runs a kernel family, decided in one place.
 
-`TERSOR_KERNELS=reference` forces the plain-torch definitions, `TERSOR_KERNELS=triton` forces the Triton kernels (on CPU tensors
-only together with `TRITON_INTERPRET=1`, set before this module is imported). Otherwise CUDA and ROCm tensors go to Triton and
-everything else to the torch path.
+`TERSOR_KERNELS=reference` forces the plain-torch definitions, `TERSOR_KERNELS=triton` forces the Triton kernels (on
+CPU tensors only together with `TRITON_INTERPRET=1`, set before this module is imported). Otherwise CUDA and ROCm
+tensors go to Triton and everything else to the torch path.
 
 Kernel files take `triton` and `tl` from here, so that they also import where Triton is not installed.
 """
@@ -38,9 +38,8 @@ Backend = Literal["reference", "triton", "torch"]
 def backend(tensor: torch.Tensor) -> Backend:
     """Name of the implementation that should process `tensor`.
 
-    Raises ValueError when `TERSOR_KERNELS` has another value than `reference`, `triton` or nothing, or asks for Triton where
-    it cannot run.
-    """
+    Raises ValueError when `TERSOR_KERNELS` has another value than `reference`, `triton` or nothing, or asks for Triton
+    where it cannot run."""
     forced = os.environ.get("TERSOR_KERNELS", "")
     if forced not in ("", "reference", "triton"):
         raise ValueError(f"TERSOR_KERNELS={forced!r}: expected 'reference' or 'triton'")
@@ -50,7 +49,7 @@ def backend(tensor: torch.Tensor) -> Backend:
         if not HAVE_TRITON:
             raise ValueError("TERSOR_KERNELS=triton, but triton is not installed")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("TERSOR_KERNELS=triton needs GPU tensors, or TRITON_INTERPRET=1 from the start of the process")
+            raise ValueError("TERSOR_KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 from the start of the process")
         return "triton"
     return "triton" if tensor.is_cuda and HAVE_TRITON else "torch"
 

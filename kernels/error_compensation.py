@@ -1,27 +1,25 @@
 """Column-by-column error compensation, the inner loop that GPTQ and SparseGPT share.
 
 With H the Hessian of a layer's output error (`X X^T` over the inputs) and U the upper Cholesky factor of its inverse
-(`H^-1 = U^T U`), columns are fixed from left to right: column j becomes q_j (quantized, masked, or both), its scaled error
-e_j = (w_j - q_j) / U_jj is what the output error grows by (|e_j|^2), and every later column k absorbs what it can:
-w_k -= e_j U_jk. Frantar et al., GPTQ (arXiv:2210.17323) and SparseGPT (arXiv:2301.00774).
+(`H^-1 = U^T U`), columns are fixed from left to right: column j becomes q_j (quantized, masked, or both), its scaled
+error e_j = (w_j - q_j) / U_jj is what the output error grows by (|e_j|^2), and every later column k absorbs what it
+can: w_k -= e_j U_jk. Frantar et al., GPTQ (arXiv:2210.17323) and SparseGPT (arXiv:2301.00774).
 
-`compensate` runs whole matrices: inside a block of 128 columns the updates are immediate, the columns after the block are updated
-with one matrix product per block. `compensate_block` is one such block.
-"""
+`compensate` runs whole matrices: inside a block of 128 columns the updates are immediate, the columns after the block
+are updated with one matrix product per block. `compensate_block` is one such block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
+from tersor.kernels.error_compensation_cpu import ROWS, Workspace, fix_columns
 from torch import Tensor
 
-from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
-
 BLOCK = 128
-_SUB = 16  # columns whose updates are applied one by one before a small matmul updates the rest of the block (CPU)
-_ROWS = 4096  # rows processed together on a CPU: `_SUB` columns of them and of their results stay in a 1 MB cache
 
 
 class Compensated(NamedTuple):
@@ -85,18 +83,18 @@ def _compensate_block_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
     HAS_KEEP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCKROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """One program holds `BLOCK_ROWS` rows of the block in registers and walks over its columns."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """One program holds `BLOCKROWS` rows of the block in registers and walks over its columns."""
+    row = tl.program_id(0).to(tl.int64) * BLOCKROWS + tl.arange(0, BLOCKROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
     in_rows = row < rows
     inside = in_rows[:, None] & (column < columns)[None, :]
     tile = row[:, None] * weight_row_stride + column[None, :] * weight_column_stride
     w = tl.load(weight_ptr + tile, mask=inside, other=0.0)
-    quantized = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    error = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    quantized = tl.zeros([BLOCKROWS, BLOCK_COLUMNS], tl.float32)
+    error = tl.zeros([BLOCKROWS, BLOCK_COLUMNS], tl.float32)
     for j in range(columns):
         here = (column == j)[None, :]
         w_j = tl.sum(tl.where(here, w, 0.0), axis=1)
@@ -111,7 +109,8 @@ def _compensate_block_kernel(
             if HAS_ZERO_POINT:
                 zero_point = tl.load(zero_point_ptr + at, mask=in_rows, other=0).to(tl.float32)
                 code += zero_point
-            # Round half to even: adding 1.5 * 2^23 leaves no fraction bits. The clamp comes first, to stay in its range.
+            # Round half to even: adding 1.5 * 2^23 leaves no fraction bits. The clamp comes first, to stay in its
+            # range.
             code = tl.minimum(tl.maximum(code, LOW), HIGH)
             code = (code + 12582912.0) - 12582912.0
             if HAS_ZERO_POINT:
@@ -139,7 +138,8 @@ def _compensate_block_kernel(
 
 
 def _block_triton(work, factor, scale, zero_point, group_index, keep, bits, codes, error):
-    """Fix the columns of `work` `[B, rows]` in place with the Triton kernel; `error`, `codes` are `[B, rows]` like it."""
+    """Fix the columns of `work` `[B, rows]` in place with the Triton kernel; `error`, `codes` are `[B, rows]` like
+    it."""
     columns, rows = work.shape
     low, high = integer_range(bits)
     block_rows = 32
@@ -167,120 +167,15 @@ def _block_triton(work, factor, scale, zero_point, group_index, keep, bits, code
         HAS_SCALE=scale is not None,
         HAS_ZERO_POINT=zero_point is not None,
         HAS_KEEP=keep is not None,
-        BLOCK_ROWS=block_rows,
+        BLOCKROWS=block_rows,
         BLOCK_COLUMNS=max(16, triton.next_power_of_2(columns)),
         num_warps=4,
     )
 
 
-class _Workspace:
-    """Buffers of the CPU path and every view of them that the column loop needs: making a view costs as much as using it.
-
-    `pair[j]` is `[2, rows]`: column j before (0) and after (1) it was fixed. Because the error is their difference, the update of a
-    later column k is one vector-matrix product of `signed[k]` = (U_jk / U_jj, -U_jk / U_jj, ...) with all pairs before it.
-    """
-
-    def __init__(self, columns: int, rows: int, device: torch.device):
-        self.pair = torch.empty(columns, 2, rows, device=device)
-        self.scale, self.zero_point, self.codes, self.keep = torch.empty(4, columns, rows, device=device)
-        self.signed = torch.empty(columns, 2 * columns, device=device)
-        flat = self.pair.view(2 * columns, rows)
-        start = [j - j % _SUB for j in range(columns)]
-        self.before = self.pair[:, 0].unbind(0)
-        self.before_row = [self.pair[j, :1] for j in range(columns)]
-        self.after = self.pair[:, 1].unbind(0)
-        self.done = [flat[2 * i : 2 * j] for j, i in enumerate(start)]
-        self.coefficients = [self.signed[j : j + 1, 2 * i : 2 * j] for j, i in enumerate(start)]
-        self.scales, self.zero_points = self.scale.unbind(0), self.zero_point.unbind(0)
-        self.code, self.kept = self.codes.unbind(0), self.keep.unbind(0)
-
-
-def _block_torch(work, factor, scale, zero_point, group_index, keep, bits, codes, error, space):
-    """Fix the columns of `work` `[B, rows]` in place; `error` and `codes` are `[B, rows]`, `scale` `[rows, G]`, `keep` `[rows, B]`.
-
-    When the columns share one group they are divided by its scale beforehand, which leaves rounding and clamping as the only work
-    per column; otherwise (activation order) every column is divided on its own.
-    """
-    low, high = integer_range(bits)
-    columns, rows = work.shape
-    diagonal = factor.diagonal()[:, None]
-    scaled = (factor / diagonal).t()
-    space.signed[:columns, : 2 * columns].copy_(torch.stack((scaled, -scaled), 2).view(columns, 2 * columns))
-    before, after = space.pair[:columns, 0], space.pair[:columns, 1]
-    groups = None if scale is None else group_index.unique()
-    one_group = scale is not None and groups.numel() == 1
-    mixed = scale is not None and not one_group
-    if one_group:
-        s = scale[:, int(groups)].float()
-        z = None if zero_point is None else zero_point[:, int(groups)].float()
-        torch.div(work, s, out=before)
-        if z is not None:
-            before.add_(z)
-    else:
-        before.copy_(work)
-    if mixed:
-        torch.index_select(scale.t().float(), 0, group_index, out=space.scale[:columns])
-        if zero_point is not None:
-            torch.index_select(zero_point.t().float(), 0, group_index, out=space.zero_point[:columns])
-    if keep is not None:
-        space.keep[:columns].copy_(keep.t())
-
-    for begin in range(0, columns, _SUB):
-        end = min(begin + _SUB, columns)
-        for j in range(begin, end):
-            w, q = space.before[j], space.after[j]
-            if j > begin:
-                space.before_row[j].addmm_(space.coefficients[j], space.done[j], alpha=-1)
-            if one_group:
-                torch.round(w, out=q)
-                q.clamp_(low, high)
-                if keep is not None:  # a pruned weight is exactly zero, whose code is the zero point
-                    if z is not None:
-                        q.sub_(z).mul_(space.kept[j]).add_(z)
-                    else:
-                        q.mul_(space.kept[j])
-            elif mixed:
-                code = space.code[j]
-                torch.div(w, space.scales[j], out=code)
-                if zero_point is not None:
-                    code.add_(space.zero_points[j]).round_().clamp_(low, high)
-                    torch.sub(code, space.zero_points[j], out=q)
-                    q.mul_(space.scales[j])
-                else:
-                    code.round_().clamp_(low, high)
-                    torch.mul(code, space.scales[j], out=q)
-                if keep is not None:
-                    q.mul_(space.kept[j])
-            elif keep is not None:
-                torch.mul(w, space.kept[j], out=q)
-            else:
-                q.copy_(w)
-        if end < columns:
-            rest, signed = before[end:], space.signed[end:columns, 2 * begin : 2 * end]
-            rest.addmm_(signed, space.pair[begin:end].view(2 * (end - begin), rows), alpha=-1)
-        # Results leave the buffers now, while they are in cache.
-        part = slice(begin, end)
-        q, e = after[part], error[part]
-        torch.sub(before[part], q, out=e)
-        if one_group:
-            codes[part].copy_(q)
-            if z is not None:
-                q.sub_(z)
-            torch.mul(q, s, out=work[part])
-            e.mul_(s)
-        else:
-            work[part].copy_(q)
-            if mixed:
-                code = space.codes[part]
-                if keep is not None:
-                    zeros = space.zero_point[part] if zero_point is not None else torch.zeros((), device=work.device)
-                    code = torch.where(space.keep[part] != 0, code, zeros)
-                codes[part].copy_(code)
-        e.div_(diagonal[part])
-
-
 def _fix_columns(kind, work, factor, scale, zero_point, group_index, keep, bits, codes, error, spaces):
-    """Fix the columns of `work` `[B, rows]` in place; `codes` and `error` are `[B, rows]`, `scale` `[rows, G]`, `keep` `[rows, B]`.
+    """Fix the columns of `work` `[B, rows]` in place; `codes` and `error` are `[B, rows]`, `scale` `[rows, G]`, `keep`
+    `[rows, B]`.
 
     `spaces` keeps the CPU path's buffers from block to block, by number of rows.
     """
@@ -296,27 +191,26 @@ def _fix_columns(kind, work, factor, scale, zero_point, group_index, keep, bits,
             codes.copy_(new_codes.t())
         return
     columns, rows = work.shape
-    for first in range(0, rows, _ROWS):
-        part = slice(first, min(first + _ROWS, rows))
+    for first in range(0, rows, ROWS):
+        part = slice(first, min(first + ROWS, rows))
         width = part.stop - first
         if width not in spaces or spaces[width].pair.shape[0] < columns:
-            spaces[width] = _Workspace(columns, width, work.device)
+            spaces[width] = Workspace(columns, width, work.device)
         by_row = [None if t is None else t[part] for t in (scale, zero_point)]
         kept = None if keep is None else keep[part]
         chosen = None if codes is None else codes[:, part]
-        _block_torch(work[:, part], factor, *by_row, group_index, kept, bits, chosen, error[:, part], spaces[width])
+        fix_columns(work[:, part], factor, *by_row, group_index, kept, bits, chosen, error[:, part], spaces[width])
 
 
 def compensate_block(weight, factor, scale=None, zero_point=None, bits=4, keep=None):
     """Fix all columns of one block.
 
-    Args: `weight` `[rows, B]`; `factor` `[B, B]` upper Cholesky factor of the inverse Hessian, restricted to the block; `scale` and
-    `zero_point` `[rows, B]`, already expanded per column (None: no quantization, no zero point); `keep` bool `[rows, B]`, False
-    where a weight is pruned (None: nothing is).
-    Returns `codes` int8 `[rows, B]` (None without `scale`), the dequantized and masked `quantized` float32 `[rows, B]`, and `error`
-    float32 `[rows, B]`: `(w_j - q_j) / factor_jj` at the time column j was fixed. At most 128 columns run in Triton.
-    """
-    check(weight.ndim == 2 and factor.shape == (weight.shape[1],) * 2, f"weight {tuple(weight.shape)} and factor disagree")
+    Args: `weight` `[rows, B]`; `factor` `[B, B]` upper Cholesky factor of the inverse Hessian, restricted to the
+    block; `scale` and `zero_point` `[rows, B]`, already expanded per column (None: no quantization, no zero point);
+    `keep` bool `[rows, B]`, False where a weight is pruned (None: nothing is). Returns `codes` int8 `[rows, B]` (None
+    without `scale`), the dequantized and masked `quantized` float32 `[rows, B]`, and `error` float32 `[rows, B]`:
+    `(w_j - q_j) / factor_jj` at the time column j was fixed. At most 128 columns run in Triton."""
+    check(weight.ndim == 2 and factor.shape == (weight.shape[1],) * 2, f"factor does not fit {tuple(weight.shape)}")
     _check_matching(weight, keep, scale, zero_point)
     kind = backend(weight)
     check(kind != "triton" or weight.shape[1] <= BLOCK, f"a block has at most {BLOCK} columns, not {weight.shape[1]}")
@@ -343,16 +237,15 @@ def compensate(
 ) -> Compensated:
     """Quantize and/or prune a whole matrix with error compensation.
 
-    Args: `weight` `[out, in]` (not modified); `factor` `[in, in]` upper Cholesky factor of the inverse Hessian, columns in the order of
-    `weight`; `scale`, `zero_point` `[out, G]`; `group_index` `[in]`: the group of every column, in any order (default: G equal runs);
-    `keep` bool `[out, in]`, False where a weight must become zero.
-    `prepare(view, start, stop)` is called before columns `start..stop` are fixed, every `prepare_every` columns (default
-    `block_size`), with their current values `view` `[out, stop - start]`. It may write `scale` and `zero_point` in place (groups
-    scaled from the compensated weights) and return the mask of these columns, bool `[out, stop - start]` (SparseGPT's choice), which
-    is combined with `keep`; or None. With `prepare_every <= block_size`, `view` holds every update so far; with more, it
-    holds those of all earlier blocks.
-    Raises ValueError when shapes disagree.
-    """
+    Args: `weight` `[out, in]` (not modified); `factor` `[in, in]` upper Cholesky factor of the inverse Hessian,
+    columns in the order of `weight`; `scale`, `zero_point` `[out, G]`; `group_index` `[in]`: the group of every
+    column, in any order (default: G equal runs); `keep` bool `[out, in]`, False where a weight must become zero.
+    `prepare(view, start, stop)` is called before columns `start..stop` are fixed, every `prepare_every` columns
+    (default `block_size`), with their current values `view` `[out, stop - start]`. It may write `scale` and
+    `zero_point` in place (groups scaled from the compensated weights) and return the mask of these columns, bool
+    `[out, stop - start]` (SparseGPT's choice), which is combined with `keep`; or None. With `prepare_every <=
+    block_size`, `view` holds every update so far; with more, it holds those of all earlier blocks. Raises ValueError
+    when shapes disagree."""
     rows, columns = weight.shape
     check(factor.shape == (columns, columns), f"factor {tuple(factor.shape)} does not fit weight {tuple(weight.shape)}")
     check(1 <= block_size <= BLOCK, f"block_size must be 1 to {BLOCK}, not {block_size}")
@@ -370,14 +263,14 @@ def compensate(
     codes = None if scale is None else torch.empty(work.shape, dtype=torch.int8, device=work.device)
     error = torch.empty(min(block_size, columns), rows, device=work.device)
     loss = torch.zeros((), dtype=torch.float64, device=work.device)
-    spaces: dict[int, _Workspace] = {}
+    spaces: dict[int, Workspace] = {}
     every = prepare_every or block_size
     cuts = _cuts(columns, block_size, every if prepare else None, group_index if kind == "torch" else None)
     prepared, prepared_at = None, 0
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         pieces = [c for c in cuts if start <= c < stop] + [stop]
-        for first, last in zip(pieces, pieces[1:], strict=False):
+        for first, last in pairwise(pieces):
             if prepare is not None and first % every == 0:
                 end = min(first + every, columns)
                 prepared, prepared_at = prepare(work[first:end].t(), first, end), first
@@ -408,8 +301,8 @@ def compensate(
 
 
 def _cuts(columns, block_size, every, group_index):
-    """Columns where a piece begins: blocks, calls of `prepare`, and, where groups are runs of 32 columns or more, groups (the CPU
-    path is fastest inside one group)."""
+    """Columns where a piece begins: blocks, calls of `prepare`, and, where groups are runs of 32 columns or more,
+    groups (the CPU path is fastest inside one group)."""
     cuts = set(range(0, columns, block_size))
     if every:
         cuts |= set(range(0, columns, every))
@@ -421,7 +314,8 @@ def _cuts(columns, block_size, every, group_index):
 
 
 def _transposed_copy(matrix, dtype=torch.float32):
-    """`matrix` `[a, b]` as a new contiguous `[b, a]`, in panels of 128 rows: 3 to 4 times faster than one strided copy of it all."""
+    """`matrix` `[a, b]` as a new contiguous `[b, a]`, in panels of 128 rows: 3 to 4 times faster than one strided copy
+    of it all."""
     result = torch.empty(matrix.shape[::-1], dtype=dtype, device=matrix.device)
     for row in range(0, matrix.shape[0], 128):
         result[:, row : row + 128].copy_(matrix[row : row + 128].t())

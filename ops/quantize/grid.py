@@ -9,7 +9,8 @@ import torch
 
 from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.scheme import Scheme
-from tersor.kernels.group_quantize import group_quantize, search_clip
+from tersor.kernels.group_quantize import group_quantize
+from tersor.kernels.search_clip import search_clip
 
 FP8_MAX = 448.0
 

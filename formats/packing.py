@@ -1,0 +1,86 @@
+"""Small integers in a dense bitstream: what compressed-tensors and GPTQ store.
+
+Element i of a row takes bits [i b, i b + b) of the row's stream, counted from bit 0 of word 0 upwards, so a value may lie
+across two words (formats: compressed-tensors ≥ 0.18 and GPTQ agree on this for every width).
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+
+from tersor.formats.errors import TersorError
+
+
+def packed_columns(columns: int, bits: int) -> int:
+    """int32 words that a row of `columns` values takes."""
+    return -(-columns * bits // 32)
+
+
+def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned values `[rows, columns]` below 2^bits to int32 words `[rows, ceil(columns * bits / 32)]`."""
+    rows, columns = values.shape
+    words = packed_columns(columns, bits)
+    padded = values.to(torch.uint8)
+    if missing := words * 32 // bits - columns if 32 % bits == 0 else -columns % _period(bits):
+        padded = torch.nn.functional.pad(padded, (0, missing))
+    per_byte = 8 // bits if 8 % bits == 0 else 0
+    if per_byte == 1:
+        packed = padded.contiguous()
+    elif per_byte:
+        packed = padded[:, 0::per_byte].clone()
+        for position in range(1, per_byte):
+            packed |= padded[:, position::per_byte] << (bits * position)
+    else:
+        packed = _pack_across_bytes(padded, bits)
+    packed = packed[:, : words * 4].contiguous()
+    if packed.shape[1] < words * 4:
+        packed = torch.nn.functional.pad(packed, (0, words * 4 - packed.shape[1]))
+    return packed.reshape(-1).view(torch.int32).reshape(rows, words)
+
+
+def unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """int32 words `[rows, words]` back to uint8 values `[rows, columns]`. Raises TersorError when the words do not fit."""
+    rows, words = packed.shape
+    if words != packed_columns(columns, bits):
+        raise TersorError(
+            f"{words} packed words a row, {columns} values of {bits} bits take {packed_columns(columns, bits)}",
+            "the tensor is damaged, or packed in another layout",
+        )
+    raw = packed.contiguous().reshape(-1).view(torch.uint8).reshape(rows, words * 4)
+    if bits == 8:
+        return raw[:, :columns].contiguous()
+    if 8 % bits == 0:
+        per_byte, mask = 8 // bits, 2**bits - 1
+        values = torch.empty(rows, raw.shape[1], per_byte, dtype=torch.uint8, device=packed.device)
+        for position in range(per_byte):
+            torch.bitwise_and(raw >> (bits * position), mask, out=values[:, :, position])
+        return values.reshape(rows, -1)[:, :columns].contiguous()
+    return _unpack_across_bytes(raw, bits, columns)
+
+
+def _period(bits: int) -> int:
+    """Values after which the stream is back at a byte border."""
+    return 8 // gcd(8, bits)
+
+
+def _pack_across_bytes(values: torch.Tensor, bits: int) -> torch.Tensor:
+    period = _period(bits)
+    nbytes = period * bits // 8
+    chunks = values.reshape(values.shape[0], -1, period).to(torch.int64)
+    shifts = torch.arange(period, device=values.device) * bits
+    joined = (chunks << shifts).sum(dim=-1)
+    places = torch.arange(nbytes, device=values.device) * 8
+    return ((joined[:, :, None] >> places) & 255).to(torch.uint8).reshape(values.shape[0], -1)
+
+
+def _unpack_across_bytes(raw: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    period = _period(bits)
+    nbytes = period * bits // 8
+    raw = torch.nn.functional.pad(raw, (0, -raw.shape[1] % nbytes))
+    chunks = raw.reshape(raw.shape[0], -1, nbytes).to(torch.int64)
+    joined = (chunks << (torch.arange(nbytes, device=raw.device) * 8)).sum(dim=-1)
+    shifts = torch.arange(period, device=raw.device) * bits
+    values = (joined[:, :, None] >> shifts) & (2**bits - 1)
+    return values.to(torch.uint8).reshape(raw.shape[0], -1)[:, :columns].contiguous()

@@ -1,0 +1,2 @@
+"""placeholder"""
+def render(content): return "<!doctype html><title>tersor</title>"
