@@ -54,6 +54,16 @@ def backend(tensor: torch.Tensor) -> Backend:
     return "triton" if tensor.is_cuda and HAVE_TRITON else "torch"
 
 
+def dot_dtype(dtype: torch.dtype):
+    """Triton type in which `tl.dot` should take operands of a floating `dtype`.
+
+    The interpreter keeps bfloat16 as raw bits and multiplies those, so there it becomes float32.
+    """
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        return tl.float32
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
 def check(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition` holds."""
     if not condition:

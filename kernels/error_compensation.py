@@ -83,18 +83,18 @@ def _compensate_block_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
     HAS_KEEP: tl.constexpr,
-    BLOCKROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """One program holds `BLOCKROWS` rows of the block in registers and walks over its columns."""
-    row = tl.program_id(0).to(tl.int64) * BLOCKROWS + tl.arange(0, BLOCKROWS)
+    """One program holds `BLOCK_ROWS` rows of the block in registers and walks over its columns."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
     in_rows = row < rows
     inside = in_rows[:, None] & (column < columns)[None, :]
     tile = row[:, None] * weight_row_stride + column[None, :] * weight_column_stride
     w = tl.load(weight_ptr + tile, mask=inside, other=0.0)
-    quantized = tl.zeros([BLOCKROWS, BLOCK_COLUMNS], tl.float32)
-    error = tl.zeros([BLOCKROWS, BLOCK_COLUMNS], tl.float32)
+    quantized = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    error = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for j in range(columns):
         here = (column == j)[None, :]
         w_j = tl.sum(tl.where(here, w, 0.0), axis=1)
@@ -167,7 +167,7 @@ def _block_triton(work, factor, scale, zero_point, group_index, keep, bits, code
         HAS_SCALE=scale is not None,
         HAS_ZERO_POINT=zero_point is not None,
         HAS_KEEP=keep is not None,
-        BLOCKROWS=block_rows,
+        BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=max(16, triton.next_power_of_2(columns)),
         num_warps=4,
     )
@@ -218,7 +218,7 @@ def compensate_block(weight, factor, scale=None, zero_point=None, bits=4, keep=N
     codes = None if scale is None else torch.empty(work.shape, dtype=torch.int8, device=work.device)
     error = torch.empty_like(work)
     index = torch.arange(weight.shape[1], device=weight.device)
-    _fix_columns(kind, work, factor.float(), scale, zero_point, index, keep, bits, codes, error, {})
+    _fix_columns(kind, work, factor.float().contiguous(), scale, zero_point, index, keep, bits, codes, error, {})
     codes = None if codes is None else _transposed_copy(codes, torch.int8)
     return codes, _transposed_copy(work), _transposed_copy(error)
 
@@ -258,7 +258,7 @@ def compensate(
             group_index = torch.arange(columns, device=weight.device) // (columns // scale.shape[1])
         check(group_index.shape == (columns,), f"group_index has {group_index.numel()} entries for {columns} columns")
     kind = backend(weight)
-    factor = factor.float()
+    factor = factor.float().contiguous()
     work = _transposed_copy(weight)
     codes = None if scale is None else torch.empty(work.shape, dtype=torch.int8, device=work.device)
     error = torch.empty(min(block_size, columns), rows, device=work.device)

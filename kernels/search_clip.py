@@ -24,6 +24,9 @@ from torch import Tensor
 RATIOS = tuple(1 - 0.04 * i for i in range(16))
 
 _PANEL = 1024  # rows whose scales a CPU holds in float32 at a time
+_CHUNK = (
+    131072  # weights per torch call: few enough for the cache, enough that two threads rarely meet at Python's lock
+)
 
 
 def reference_search_clip(weight, bits, group_size, symmetric, scale_dtype, column_weight=None, ratios=RATIOS):
@@ -143,28 +146,27 @@ def _errors(items, importance, scale, shift, bits):
     With t = w / scale + zero_point the error is `scale^2 |t - clamp(round(t))|^2`, one pass less than dequantizing.
     """
     lowest, highest = integer_range(bits)
-    groups, n, size = items.shape
-    step = min(n, max(1, CHUNK // size))
-    weight_buffer, scaled_buffer, code_buffer = torch.empty(3, step, size, device=items.device)
+    a_total, n_total, size = items.shape
+    n_step = min(n_total, max(1, _CHUNK // size))
+    a_step = min(a_total, max(1, _CHUNK // size // n_step))
+    buffers = torch.empty(3, a_step, n_step, size, device=items.device)
     inverse = scale.reciprocal()[..., None]
     shift = None if shift is None else shift[..., None]
     result = torch.empty_like(scale)
-    for a in range(groups):
-        for first in range(0, n, step):
-            part = slice(first, min(first + step, n))
-            length = part.stop - first
-            weight, scaled, code = weight_buffer[:length], scaled_buffer[:length], code_buffer[:length]
-            weight.copy_(items[a, part])
-            inverses, out = inverse[:, a, part].unbind(0), result[:, a, part].unbind(0)
-            shifts = None if shift is None else shift[:, a, part].unbind(0)
-            for i, inverse_scale in enumerate(inverses):
-                torch.mul(weight, inverse_scale, out=scaled)
-                if shifts is not None:
-                    scaled.add_(shifts[i])
+    for a in range(0, a_total, a_step):
+        for n in range(0, n_total, n_step):
+            at = slice(a, min(a + a_step, a_total)), slice(n, min(n + n_step, n_total))
+            weight, scaled, code = buffers[:, : at[0].stop - a, : at[1].stop - n].unbind(0)
+            weight.copy_(items[at])
+            for i in range(len(scale)):
+                torch.mul(weight, inverse[i][at], out=scaled)
+                if shift is not None:
+                    scaled.add_(shift[i][at])
                 torch.round(scaled, out=code)
                 code.clamp_(lowest, highest)
                 torch.ops.aten.mse_loss.out(scaled, code, 0, out=scaled)  # (scaled - code)^2 in one pass
-                torch.mv(scaled, importance[a], out=out[i])
+                for k in range(len(scaled)):
+                    torch.mv(scaled[k], importance[a + k], out=result[i, a + k, at[1]])
     return result.mul_(scale.square_())
 
 

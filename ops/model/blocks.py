@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Set
 import torch
 from greenlet import greenlet, getcurrent
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from tersor.formats.errors import TersorError
 from tersor.ops.model.skeleton import Skeleton, StoredDtype
@@ -160,7 +162,7 @@ class BlockPass:
         that read the very same tensor share one statistics object. Layers no token reached (experts) get none: they
         are returned. With `keep_inputs` the outputs are dropped and the block can be run again.
         """
-        stages = _Stages(linears, needs, self.pool)
+        stages = _Stages(linears, needs, self.pool, self._shared_storages(index, block))
 
         def task(batch: int) -> torch.Tensor:
             hidden = self.hidden.take(batch)
@@ -172,6 +174,15 @@ class BlockPass:
             for batch, output in stages.run(task, len(self.hidden)):
                 self.hidden.put(batch, output)
         return [name for name in linears if name not in stages.finished]
+
+    def _shared_storages(self, index: int, block: nn.Module) -> set[int]:
+        """What several batches use, which therefore never waits on disk: weights, buffers, masks, positions."""
+        if not self.pool.active:
+            return set()
+        tensors = [*block.parameters(), *block.buffers()]
+        for calls in self._calls:
+            tensors += [leaf for leaf in tree_leaves(calls[index]) if isinstance(leaf, torch.Tensor)]
+        return {tensor.untyped_storage()._cdata for tensor in tensors}
 
     @torch.no_grad()
     def logits(self, batch: int, chunk: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -197,7 +208,7 @@ class BlockPass:
 class _Stages:
     """The coroutines of one block and where each of them waits."""
 
-    def __init__(self, linears: dict[str, nn.Module], needs: Set[str], pool: SpillPool):
+    def __init__(self, linears: dict[str, nn.Module], needs: Set[str], pool: SpillPool, shared: set[int]):
         self.linears, self.needs, self.pool = linears, needs, pool
         self.finished: set[str] = set()
         self._statistics: dict[str, InputStatistics] = {}
@@ -206,7 +217,7 @@ class _Stages:
         self._inputs: dict[str, dict[int, weakref.ref]] = {}
         self._batch = -1
         self._live = LiveTensors() if pool.active else None
-        self._weights = {parameter.untyped_storage()._cdata for layer in linears.values() for parameter in layer.parameters()}
+        self._shared = shared
 
     @contextlib.contextmanager
     def hooked(self, ready: Ready):
@@ -227,7 +238,8 @@ class _Stages:
                 if previous is not None and previous() is x:
                     self._finish(name, self._last)
                 else:
-                    self._statistics.setdefault(name, InputStatistics(self.needs)).add(x)
+                    with _disable_current_modes():  # statistics belong to no batch and must not be parked with one
+                        self._statistics.setdefault(name, InputStatistics(self.needs)).add(x)
                     self._inputs.setdefault(name, {})[self._batch] = weakref.ref(x)
                     getcurrent().parent.switch(name)
             return forward(x)
@@ -235,8 +247,14 @@ class _Stages:
         return paused_forward
 
     def _finish(self, name: str, statistics: InputStatistics) -> None:
-        self._ready(name, statistics)
+        with _disable_current_modes():
+            self._ready(name, statistics)
         self.finished.add(name)
+
+    def _not_to_park(self) -> set[int]:
+        """The shared storages, and the weights that `ready` may have put in place since."""
+        weights = (parameter for layer in self.linears.values() for parameter in layer.parameters())
+        return self._shared | {parameter.untyped_storage()._cdata for parameter in weights}
 
     def note(self, tensor: torch.Tensor) -> None:
         """Have a tensor made elsewhere parked with those of the current batch."""
@@ -256,7 +274,7 @@ class _Stages:
             result = coroutines[batch].switch()
             if not coroutines[batch].dead:
                 waiting[batch] = result
-                parked[batch] = self.pool.park(self._live.alive(self._weights) if self._live else [])
+                parked[batch] = self.pool.park(self._live.alive(self._not_to_park()) if self._live else [])
                 return
             if self._live:
                 self._live.storages.clear()

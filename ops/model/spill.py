@@ -6,6 +6,7 @@ model's own code, which holds references to it somewhere in a paused forward pas
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from pathlib import Path
@@ -54,8 +55,7 @@ class SpillPool:
                 self.resident_bytes -= nbytes
                 continue
             storage.resize_(nbytes)
-            view = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
-            done = 0
+            view, done = _bytes_of(storage), 0
             while done < nbytes:
                 done += os.preadv(self._file.fileno(), [view[done:]], place + done)
             self.spilled_bytes -= nbytes
@@ -67,8 +67,7 @@ class SpillPool:
         free = self._free.get(nbytes)
         place = free.pop() if free else self._end
         self._end = max(self._end, place + nbytes)
-        view = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
-        done = 0
+        view, done = _bytes_of(storage), 0
         while done < nbytes:
             done += os.pwrite(self._file.fileno(), view[done : done + (64 << 20)], place + done)
         self.spilled_bytes += nbytes
@@ -78,6 +77,11 @@ class SpillPool:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
+    """The storage's memory. Not through numpy(), which would forbid resizing the storage for good."""
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
 
 class LiveTensors(TorchDispatchMode):
