@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from tersor.formats.errors import TersorError
 
 Model = Annotated[
@@ -27,7 +26,8 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no s
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:0.")]
 MaxMemory = Annotated[
-    str | None, typer.Option("--max-memory", metavar="SIZE", help="Cap such as 8GiB; waiting activations go to disk past it.")
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="Cap such as 8GiB; waiting activations go to disk past it."),
 ]
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 SECONDS_BETWEEN_LINES = 10.0
@@ -49,7 +49,9 @@ def resolve_input(model: str) -> str:
     if model != "-":
         return model
     if sys.stdin.isatty():
-        raise TersorError("- reads the path from stdin, which is a terminal", "pipe another tersor command into this one")
+        raise TersorError(
+            "- reads the path from stdin, which is a terminal", "pipe another tersor command into this one"
+        )
     lines = [line.strip() for line in sys.stdin if line.strip()]
     if not lines:
         raise TersorError("- reads the path from stdin, which is empty", "the command before this one failed")

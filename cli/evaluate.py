@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from tersor.cli import common
 
 
 def evaluate(
     model: common.Model,
     text: Annotated[
-        str | None, typer.Option(metavar="SRC", help="Text to score: .txt .jsonl .parquet or Hub dataset. Default: shipped prose.")
+        str | None,
+        typer.Option(metavar="SRC", help="Text to score: .txt .jsonl .parquet or Hub dataset. Default: shipped prose."),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 2048,
     stride: Annotated[
@@ -23,7 +23,9 @@ def evaluate(
     compare: Annotated[
         str | None, typer.Option(metavar="OTHER", help="Add KL divergence from OTHER and top-1 agreement with it.")
     ] = None,
-    record: Annotated[bool, typer.Option("--record", help="Also put the result into MODEL's report.json and report.html.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Also put the result into MODEL's report.json and report.html.")
+    ] = False,
     device: common.Device = "auto",
     max_memory: common.MaxMemory = None,
     json: common.Json = False,
@@ -41,7 +43,8 @@ def evaluate(
     """
     with common.reported_errors(debug):
         path = common.resolve_input(model)
-        from tersor.ops.evaluate.run import Request, evaluate, record as add_to_report
+        from tersor.ops.evaluate.run import Request, evaluate
+        from tersor.ops.evaluate.run import record as add_to_report
 
         request = Request(path, text, seq_len, stride, max_windows, compare, device, common.parse_size(max_memory))
         with common.progress(quiet) as progress:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from tersor.cli import common
 
 
@@ -16,37 +15,53 @@ def quantize(
     scheme: Annotated[
         str, typer.Option(help="w4a16 w8a16 w3a16 w2a16 (weights only), w8a8 (int8), fp8, fp8-block.")
     ] = "w4a16",
-    method: Annotated[str, typer.Option(help="rtn: no data, seconds. gptq: best for 4 bits and less. awq: between.")] = "rtn",
+    method: Annotated[
+        str, typer.Option(help="rtn: no data, seconds. gptq: best for 4 bits and less. awq: between.")
+    ] = "rtn",
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale; -1 for whole rows. Default 128.")
     ] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Asymmetric stores zero points too.")] = True,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Asymmetric stores zero points too.")
+    ] = True,
     format: Annotated[
         str, typer.Option(help="compressed-tensors or gptq. auto: the first, but gptq for GPT-2's transposed layers.")
     ] = "auto",
-    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Search each group's range for the least error.")] = True,
+    clip: Annotated[
+        bool, typer.Option("--clip/--no-clip", help="Search each group's range for the least error.")
+    ] = True,
     include: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave tensors whose name matches. Repeatable.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(metavar="FILE", help="Per-tensor settings, JSON (tersor.policy/1).")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="An error where a group size does not fit, not a smaller group.")] = False,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Per-tensor settings, JSON (tersor.policy/1).")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="An error where a group size does not fit, not a smaller group.")
+    ] = False,
     calib: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="Calibration text: .txt .jsonl .parquet, Hub dataset, self. Default: shipped prose."),
+        typer.Option(
+            metavar="SRC", help="Calibration text: .txt .jsonl .parquet, Hub dataset, self. Default: shipped prose."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
-    damping: Annotated[float, typer.Option(min=0.0, help="gptq: share of the mean diagonal added to the Hessian.")] = 0.01,
+    damping: Annotated[
+        float, typer.Option(min=0.0, help="gptq: share of the mean diagonal added to the Hessian.")
+    ] = 0.01,
     activation_order: Annotated[
         bool, typer.Option("--activation-order/--no-activation-order", help="gptq: columns by falling input energy.")
     ] = True,
     device: common.Device = "auto",
     max_memory: common.MaxMemory = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would happen to each tensor, from headers only.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would happen to each tensor, from headers only.")
+    ] = False,
     force: common.Force = False,
     resume: common.Resume = False,
     json: common.Json = False,
@@ -107,8 +122,12 @@ def _show_forecast(found: dict, json: bool) -> None:
         common.emit("", found)
         return
     for row in found["tensors"]:
-        typer.echo(f"{row['action']:9s} {row['name']}  {row['shape']}  {row['before_bytes']} → {row['after_bytes']}  {row['reason']}")
+        typer.echo(
+            f"{row['action']:9s} {row['name']}  {row['shape']}  {row['before_bytes']} → {row['after_bytes']}  {row['reason']}"
+        )
     typer.echo(f"output {common.size(found['output_bytes'])} (input {common.size(found['input_bytes'])})")
-    typer.echo(f"peak memory about {common.size(found['peak_memory_bytes'])}, disk needed {common.size(found['disk_bytes'])}")
+    typer.echo(
+        f"peak memory about {common.size(found['peak_memory_bytes'])}, disk needed {common.size(found['disk_bytes'])}"
+    )
     for warning in found["warnings"]:
         typer.echo(f"warning: {warning}")

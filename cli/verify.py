@@ -6,14 +6,14 @@ import sys
 from typing import Annotated
 
 import typer
-
 from tersor.cli import common
 
 
 def verify(
     model: common.Model,
     against: Annotated[
-        str | None, typer.Option(metavar="ORIGINAL", help="Also measure each tensor's error and compare it with the report.")
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="Also measure each tensor's error and compare it with the report."),
     ] = None,
     json: common.Json = False,
     quiet: common.Quiet = False,

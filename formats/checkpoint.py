@@ -158,7 +158,8 @@ def _find_shards(folder: Path) -> list[Path]:
         return found
     if found:
         raise TersorError(
-            f"{folder}: {len(found)} safetensors files but no {INDEX_NAME}", "add the index, or give one file by its path"
+            f"{folder}: {len(found)} safetensors files but no {INDEX_NAME}",
+            "add the index, or give one file by its path",
         )
     if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
         raise TersorError(
@@ -194,4 +195,6 @@ def _check_index(index: Path, tensors: dict[str, TensorInfo]) -> None:
     for name, file in _weight_map(index).items():
         if name not in tensors or tensors[name].file.name != Path(file).name:
             where = "no shard has it" if name not in tensors else f"it is in {tensors[name].file.name}"
-            raise TersorError(f"{index}: tensor {name!r} should be in {file}, but {where}", "download the checkpoint again")
+            raise TersorError(
+                f"{index}: tensor {name!r} should be in {file}, but {where}", "download the checkpoint again"
+            )

@@ -46,7 +46,8 @@ def check(module: str, shape: tuple[int, int], scheme: Scheme) -> None:
         raise TersorError(f"{module}: {scheme.bits} bits", "compressed-tensors is written with 2, 3, 4 or 8 bits")
     if scheme.strategy == "group" and shape[1] % scheme.group_size:
         raise TersorError(
-            f"{module}: {shape[1]} columns are not divisible by {scheme.group_size}", "choose a --group-size that divides them"
+            f"{module}: {shape[1]} columns are not divisible by {scheme.group_size}",
+            "choose a --group-size that divides them",
         )
 
 
@@ -58,7 +59,9 @@ def _scale_shape(shape: tuple[int, int], scheme: Scheme) -> tuple[int, ...]:
     return shape[0], scheme.groups(shape[1])
 
 
-def layout(module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def layout(
+    module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors that store a weight `[out, in]`: name -> (dtype, shape)."""
     out, columns = shape
     scale = _scale_shape(shape, scheme)
@@ -83,7 +86,6 @@ def layout(module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str
 def encode(module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of `layout`."""
     import torch
-
     from tersor.formats.packing import pack_rows
 
     if weight.group_index is not None:
@@ -156,13 +158,17 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], scheme: Scheme | 
     if scheme is not None and scheme.strategy == "tensor" and tensor.numel() == 1:
         return
     if found != tuple(shape):
-        raise TersorError(f"tensor {name!r} has shape {list(found)}, expected {list(shape)}", "the checkpoint is damaged")
+        raise TersorError(
+            f"tensor {name!r} has shape {list(found)}, expected {list(shape)}", "the checkpoint is damaged"
+        )
 
 
 def _stored_shape(module: str, read: Callable[[str], Tensor], names: Collection[str]) -> tuple[int, int]:
     values = need(read, names, f"{module}.weight_shape").tolist()
     if len(values) != 2 or min(values) < 1:
-        raise TersorError(f"tensor '{module}.weight_shape' holds {values}, expected [out, in]", "the checkpoint is damaged")
+        raise TersorError(
+            f"tensor '{module}.weight_shape' holds {values}, expected [out, in]", "the checkpoint is damaged"
+        )
     return values[0], values[1]
 
 
@@ -195,8 +201,7 @@ def tensor_names(module: str, names: Collection[str]) -> list[str]:
 def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict:
     """The `quantization_config` of config.json: the most common scheme for every Linear, exceptions by name.
 
-    Loaders prefer an exact name, then a pattern, then the class name. `ignore` names linear layers that stay dense; the
-    output head is always among them, since a tied one has no tensor to be found by.
+    Loaders prefer an exact name, then a pattern, then the class name. `ignore` names every linear layer that stays dense.
     """
     common = Counter(schemes.values()).most_common()
     groups = {}
@@ -205,7 +210,6 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict:
         rest = [module for module, other in schemes.items() if other != scheme]
         groups[f"group_{number}"] = _group(scheme, ["Linear"] if number == 0 else patterns(mine, [*rest, *ignore]))
     formats = {group["format"] for group in groups.values()}
-    heads = [] if any(module.startswith("lm_head") for module in schemes) else ["lm_head", r"re:.*\.decoder$"]
     return {
         "quant_method": "compressed-tensors",
         "version": VERSION,
@@ -213,7 +217,7 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": list(dict.fromkeys([*heads, *patterns(ignore, schemes)])),
+        "ignore": list(dict.fromkeys(patterns(ignore, schemes))),
         "config_groups": groups,
     }
 
@@ -245,10 +249,13 @@ def scheme_map(config: dict) -> SchemeMap:
         raise TersorError("quantization_config has no config_groups", "the config.json is damaged")
     if settings.get("format") not in READ_FORMATS:
         raise TersorError(
-            f"compressed-tensors format {settings.get('format')!r} is not read here", f"read are {' '.join(sorted(READ_FORMATS))}"
+            f"compressed-tensors format {settings.get('format')!r} is not read here",
+            f"read are {' '.join(sorted(READ_FORMATS))}",
         )
     ignore = settings.get("ignore") or []
-    targets = [(target, _parse_group(name, group, settings)) for name, group in groups.items() for target in group["targets"]]
+    targets = [
+        (target, _parse_group(name, group, settings)) for name, group in groups.items() for target in group["targets"]
+    ]
 
     def scheme_of(module: str) -> Scheme | None:
         if any(_matches(target, module) for target in ignore):
@@ -272,9 +279,11 @@ def _parse_group(name: str, group: dict, settings: dict) -> Scheme:
     if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
         raise TersorError(f"quantization_config: group {name!r} lacks weights or targets", "the config.json is damaged")
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
-    known = kind == "int" and bits in (2, 3, 4, 8) or kind == "float" and bits == 8
+    known = (kind == "int" and bits in (2, 3, 4, 8)) or (kind == "float" and bits == 8)
     if not known or strategy not in ("group", "channel", "tensor", "block"):
-        raise TersorError(f"quantization_config: {kind} {bits} bit by {strategy} is not read here", "convert it with its own tool")
+        raise TersorError(
+            f"quantization_config: {kind} {bits} bit by {strategy} is not read here", "convert it with its own tool"
+        )
     if kind == "int" and bits == 3 and _version(settings) < FIRST_DENSE_3BIT:
         raise TersorError(
             f"3-bit weights of compressed-tensors {settings.get('version')}: packed ten to a word",
@@ -283,7 +292,9 @@ def _parse_group(name: str, group: dict, settings: dict) -> Scheme:
     inputs = group.get("input_activations") or {}
     activations = None
     if inputs:
-        activations = "int8" if inputs.get("type") == "int" else "fp8-group" if inputs.get("strategy") == "group" else "fp8"
+        activations = (
+            "int8" if inputs.get("type") == "int" else "fp8-group" if inputs.get("strategy") == "group" else "fp8"
+        )
     block = weights.get("block_structure")
     size = weights.get("group_size")
     strategy = "channel" if strategy == "group" and size == -1 else strategy

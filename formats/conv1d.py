@@ -23,6 +23,11 @@ def is_transposed(checkpoint: Checkpoint, weight_name: str) -> bool:
 def _bare_file_is_conv1d(checkpoint: Checkpoint) -> bool:
     for name, info in checkpoint.tensors.items():
         bias = checkpoint.tensors.get(name.removesuffix(".weight") + ".bias")
-        if name.endswith("c_attn.weight") and len(info.shape) == 2 and bias is not None and info.shape[0] != info.shape[1]:
+        if (
+            name.endswith("c_attn.weight")
+            and len(info.shape) == 2
+            and bias is not None
+            and info.shape[0] != info.shape[1]
+        ):
             return bias.shape == info.shape[1:]
     return False

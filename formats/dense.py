@@ -41,7 +41,9 @@ class DenseView:
         owner: dict[str, str] = {}  # stored tensor -> quantized module
         if self.encoding is not None:
             schemes = encodings.schemes(self.encoding, checkpoint.config, checkpoint.tensors)
-            owner = {name: module for module in schemes for name in self.encoding.tensor_names(module, checkpoint.tensors)}
+            owner = {
+                name: module for module in schemes for name in self.encoding.tensor_names(module, checkpoint.tensors)
+            }
         for name, info in checkpoint.tensors.items():
             module = owner.get(name)
             if module is None:

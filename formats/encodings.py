@@ -91,7 +91,9 @@ def dequantize(weight: QuantizedWeight, scheme: Scheme) -> Tensor:
     if scheme.strategy == "block":
         rows, width = scheme.block
         if tuple(scale.shape) != (-(-out // rows), -(-columns // width)):
-            raise TersorError(f"block scales {list(scale.shape)} do not fit a weight {[out, columns]}", "the tensor is damaged")
+            raise TersorError(
+                f"block scales {list(scale.shape)} do not fit a weight {[out, columns]}", "the tensor is damaged"
+            )
         spread = scale.repeat_interleave(rows, 0)[:out].repeat_interleave(width, 1)[:, :columns]
         return codes.float() * spread
     groups = scale.shape[1]

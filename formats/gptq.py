@@ -26,7 +26,8 @@ def check(module: str, shape: tuple[int, int], scheme: Scheme) -> None:
     """Raises TersorError when `scheme` cannot be stored for `[out, in]` `shape`."""
     if scheme.kind != "int" or scheme.activations is not None or scheme.bits not in (2, 3, 4, 8):
         raise TersorError(
-            f"{module}: gptq stores integer weights of 2, 3, 4 or 8 bits, weights only", "use --format compressed-tensors"
+            f"{module}: gptq stores integer weights of 2, 3, 4 or 8 bits, weights only",
+            "use --format compressed-tensors",
         )
     if shape[0] % STEP or shape[1] % STEP:
         raise TersorError(
@@ -37,11 +38,14 @@ def check(module: str, shape: tuple[int, int], scheme: Scheme) -> None:
         raise TersorError(f"{module}: gptq knows groups and whole rows only", "use --format compressed-tensors")
     if scheme.strategy == "group" and shape[1] % scheme.group_size:
         raise TersorError(
-            f"{module}: {shape[1]} columns are not divisible by {scheme.group_size}", "choose a --group-size that divides them"
+            f"{module}: {shape[1]} columns are not divisible by {scheme.group_size}",
+            "choose a --group-size that divides them",
         )
 
 
-def layout(module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def layout(
+    module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors that store a weight `[out, in]`: name -> (dtype, shape). Scales are fp16 whatever was asked for."""
     out, columns = shape
     groups = scheme.groups(columns)
@@ -56,7 +60,6 @@ def layout(module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str
 def encode(module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of `layout`. Raises TersorError when a scale does not fit fp16."""
     import torch
-
     from tersor.formats.packing import pack_rows
 
     half, levels = 2 ** (scheme.bits - 1), 2**scheme.bits
@@ -83,7 +86,6 @@ def encode(module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Te
 def decode(module: str, read: Callable[[str], Tensor], names: Collection[str], scheme: Scheme) -> QuantizedWeight:
     """Codes and scales of a module. Raises TersorError when a tensor is missing or its shape is wrong."""
     import torch
-
     from tersor.formats.packing import unpack_rows
 
     half, levels = 2 ** (scheme.bits - 1), 2**scheme.bits
@@ -101,7 +103,9 @@ def decode(module: str, read: Callable[[str], Tensor], names: Collection[str], s
     except TersorError as error:
         raise TersorError(f"{module}.qzeros: {error}", error.hint) from error
     if zeros.shape[0] != scale.shape[1]:
-        raise TersorError(f"tensor '{module}.qzeros' has {zeros.shape[0]} groups, the scales {scale.shape[1]}", "it is damaged")
+        raise TersorError(
+            f"tensor '{module}.qzeros' has {zeros.shape[0]} groups, the scales {scale.shape[1]}", "it is damaged"
+        )
     zeros = (zeros.to(torch.int16).T + (0 if scheme.gptq_v2 else 1)) % levels - half
     zero_point = None if bool((zeros == 0).all()) and scheme.symmetric else zeros.to(torch.int8).contiguous()
     group_index = None

@@ -119,7 +119,8 @@ def _entry(file: Path, name: str, entry: object, start: int) -> TensorInfo:
     nbytes = tensor_bytes(dtype, tuple(shape))
     if offsets[1] - offsets[0] != nbytes:
         raise _broken(
-            file, f"tensor {name!r} of shape {shape} and dtype {dtype} needs {nbytes} bytes, has {offsets[1] - offsets[0]}"
+            file,
+            f"tensor {name!r} of shape {shape} and dtype {dtype} needs {nbytes} bytes, has {offsets[1] - offsets[0]}",
         )
     return TensorInfo(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
 

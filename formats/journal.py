@@ -27,7 +27,9 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise TersorError(f"{path.parent}: another run is writing it", "wait for it, or choose another output") from error
+            raise TersorError(
+                f"{path.parent}: another run is writing it", "wait for it, or choose another output"
+            ) from error
         self._file.seek(0)
         lines = self._file.read().split(b"\n")[:-1]
         if resume and lines:

@@ -16,11 +16,17 @@ def locate(model: str) -> Path:
     if path.exists():
         return path
     if not HUB_ID.fullmatch(model):
-        raise TersorError(f"{model}: no such file or folder", "give a folder, a .safetensors file or a Hub id (org/name)")
+        raise TersorError(
+            f"{model}: no such file or folder", "give a folder, a .safetensors file or a Hub id (org/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "onnx/*"]))
+        return Path(
+            snapshot_download(
+                model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "onnx/*"]
+            )
+        )
     except Exception as error:  # the hub client raises its own, the HTTP library's and OS errors alike
         raise TersorError(
             f"{model}: not a local path, and not to be had from the Hub ({type(error).__name__})",

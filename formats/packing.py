@@ -9,7 +9,6 @@ from __future__ import annotations
 from math import gcd
 
 import torch
-
 from tersor.formats.errors import TersorError
 
 

@@ -91,7 +91,9 @@ class Report:
         after = sum(entry.after["bytes"] for entry in self.tensors)
         params_before = sum(math.prod(entry.before["shape"]) for entry in self.tensors)
         params_after = sum(math.prod(entry.after["shape"]) for entry in self.tensors)
-        measured = [(entry.sparsity, math.prod(entry.after["shape"])) for entry in self.tensors if entry.sparsity is not None]
+        measured = [
+            (entry.sparsity, math.prod(entry.after["shape"])) for entry in self.tensors if entry.sparsity is not None
+        ]
         weight = sum(count for _, count in measured)
         return {
             "bytes_before": before,
@@ -151,7 +153,9 @@ def validate(content: Any) -> list[str]:
         "command": str, "version": str, "args": dict, "input": dict, "tensors": list, "totals": dict, "quality": dict,
         "warnings": list, "history": list,
     }  # fmt: skip
-    problems += [f"{key!r} is not a {kind.__name__}" for key, kind in kinds.items() if not isinstance(content[key], kind)]
+    problems += [
+        f"{key!r} is not a {kind.__name__}" for key, kind in kinds.items() if not isinstance(content[key], kind)
+    ]
     if problems:
         return problems
     for entry in content["tensors"]:

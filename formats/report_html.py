@@ -1,2 +1,5 @@
 """placeholder"""
-def render(content): return "<!doctype html><title>tersor</title>"
+
+
+def render(content):
+    return "<!doctype html><title>tersor</title>"

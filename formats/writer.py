@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 MAX_SHARD_BYTES = 5_000_000_000
-DISK_ERRORS = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit"}
+DISK_ERRORS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file size limit",
+}
 SECONDS_BETWEEN_FLUSHES = 5.0
 COPY_BYTES = 8 << 20
 
@@ -46,14 +50,17 @@ def check_output(out: Path, source: Path | None, force: bool, resume: bool) -> N
         raise TersorError(f"{out}: exists and is not empty", "choose another output folder, or replace it with --force")
     if partial_path(out).exists() and not (force or resume):
         raise TersorError(
-            f"{partial_path(out)}: left by a run that did not finish", "continue it with --resume, or start over with --force"
+            f"{partial_path(out)}: left by a run that did not finish",
+            "continue it with --resume, or start over with --force",
         )
 
 
 class CheckpointWriter:
     """A new checkpoint under construction."""
 
-    def __init__(self, out: Path, layout: Layout, key: dict, resume: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES):
+    def __init__(
+        self, out: Path, layout: Layout, key: dict, resume: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+    ):
         """Reserve space for `layout` (name -> dtype string, shape) in `OUT.partial/`.
 
         `key` identifies the run for `resume`. Raises TersorError when the disk is too small.
@@ -89,7 +96,9 @@ class CheckpointWriter:
             self._place |= {name: (descriptor, offset) for name, offset in offsets.items()}
         if len(shards) > 1:
             total = sum(tensor_bytes(*entry) for entry in self.layout.values())
-            self.add_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+            self.add_json(
+                INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            )
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor in its place. Its dtype and shape must be those of the layout."""
@@ -201,7 +210,9 @@ def disk_errors(path: Path):
         yield
     except OSError as error:
         reason = DISK_ERRORS.get(error.errno, error.strerror or str(error))
-        raise TersorError(f"{path}: cannot be written, {reason}", "free some space or choose another output folder") from error
+        raise TersorError(
+            f"{path}: cannot be written, {reason}", "free some space or choose another output folder"
+        ) from error
 
 
 def shard_names(count: int) -> list[str]:

@@ -117,6 +117,8 @@ def _spread(scale, block_rows, block_columns, shape):
 
 def reference_fp8_matmul(x, weight, x_scale, weight_scale, dtype=torch.bfloat16):
     """The definition: dequantize both in float32, multiply in float32."""
+    if weight_scale.numel() == 1:
+        weight_scale = weight_scale.reshape(1, 1).expand(weight.shape[0], 1)
     blocks = weight_scale.shape[0] != weight.shape[0] or weight_scale.shape[1] > 1
     dense_x = x.float() * _spread(x_scale, 1, BLOCK, x.shape)
     dense_weight = weight.float() * _spread(weight_scale, BLOCK if blocks else 1, BLOCK, weight.shape)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from tersor import __version__
 from tersor.formats import encodings
 from tersor.formats.checkpoint import Checkpoint
@@ -19,7 +18,7 @@ from tersor.formats.locate import locate
 from tersor.formats.report import Report, TensorEntry
 from tersor.formats.writer import CheckpointWriter, Layout, check_output, partial_path, writing
 from tersor.ops.model.copy import copy_tensor
-from tersor.ops.verify.run import check_folder
+from tersor.ops.model.soundness import check_folder
 
 TARGETS = ("dense", "compressed-tensors", "gptq")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -64,7 +63,9 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
         writer.copy_side_files(checkpoint)
         problems = check_folder(partial_path(request.output), expected=flat, sample=True)
         if problems:
-            raise TersorError(f"{request.output}: the output is not sound: {problems[0]}", "please report this as a bug")
+            raise TersorError(
+                f"{request.output}: the output is not sound: {problems[0]}", "please report this as a bug"
+            )
         report.finish(Checkpoint(partial_path(request.output)), name=str(request.output))
         report.write(writer.partial)
         writer.commit()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
@@ -45,7 +44,9 @@ def evaluate(request: Request, progress: Callable[[str, int, int], None] = lambd
     checkpoint = Checkpoint(locate(request.model))
     checkpoint.require_config("which evaluate needs to run the model")
     device = pick_device(request.device)
-    report = Report.start("evaluate", request.arguments(), 0, str(device), checkpoint, Report.history_of(checkpoint.path))
+    report = Report.start(
+        "evaluate", request.arguments(), 0, str(device), checkpoint, Report.history_of(checkpoint.path)
+    )
     windows, targets = cut_targets(checkpoint.path, request)
     model = _run_blocks(checkpoint, windows, device, request.max_memory_bytes, progress, "blocks")
     other = None
@@ -87,7 +88,8 @@ def cut_targets(model: Path, request: Request) -> tuple[torch.Tensor, torch.Tens
         raise TersorError(f"--stride {stride} does not fit a window of {body} text tokens", f"choose 1 … {body}")
     if len(tokens) < body:
         raise TersorError(
-            f"{request.text or SHIPPED} has {len(tokens)} tokens, one window takes {body}", "give a longer text, or lower --seq-len"
+            f"{request.text or SHIPPED} has {len(tokens)} tokens, one window takes {body}",
+            "give a longer text, or lower --seq-len",
         )
     starts = list(range(0, len(tokens) - body + 1, stride))[: request.max_windows]
     windows = torch.tensor([before + tokens[start : start + body] + after for start in starts])

@@ -15,15 +15,14 @@ import weakref
 from collections.abc import Callable, Iterator, Set
 
 import torch
-from greenlet import greenlet, getcurrent
-from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
-
+from greenlet import getcurrent, greenlet
 from tersor.formats.errors import TersorError
 from tersor.ops.model.skeleton import Skeleton, StoredDtype
 from tersor.ops.model.spill import LiveTensors, SpillPool
 from tersor.ops.model.statistics import InputStatistics
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 TOKENS_PER_BATCH = 2048
 IS_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -200,7 +199,9 @@ class BlockPass:
                 recorders[-1].output = hidden[:, positions]
                 output = self.skeleton.model(input_ids=self.batches[batch][:, positions])
                 if not hasattr(output, "logits"):
-                    raise TersorError(f"{type(self.skeleton.model).__name__} gives no logits", "evaluate needs a causal LM")
+                    raise TersorError(
+                        f"{type(self.skeleton.model).__name__} gives no logits", "evaluate needs a causal LM"
+                    )
                 yield positions, output.logits
         self.hidden.put(batch, hidden)
 
@@ -291,7 +292,6 @@ class _Stages:
             for batch in sorted(batch for batch, place in waiting.items() if place == name):
                 del waiting[batch]
                 yield from advance(batch)
-
 
     def _resume(self, parked: list) -> None:
         self.pool.restore(parked)

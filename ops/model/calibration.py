@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import torch
-
 from tersor.formats.errors import TersorError
 from tersor.ops.model.text import SHIPPED, load_text
 

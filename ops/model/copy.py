@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.header import FLOAT_DTYPES, TORCH_DTYPES
@@ -12,7 +11,8 @@ from tersor.formats.writer import COPY_BYTES, CheckpointWriter
 
 def not_finite(name: str, checkpoint: Checkpoint) -> TersorError:
     return TersorError(
-        f"{checkpoint.tensors[name].file}: tensor {name!r} holds NaN or Inf", "the checkpoint is damaged: get a sound copy"
+        f"{checkpoint.tensors[name].file}: tensor {name!r} holds NaN or Inf",
+        "the checkpoint is damaged: get a sound copy",
     )
 
 

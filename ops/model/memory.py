@@ -17,7 +17,9 @@ def parking_space(max_memory_bytes: int | None, skeleton: Skeleton) -> int | Non
     if max_memory_bytes is None:
         return None
     blocks = range(len(skeleton.blocks))
-    largest = max(sum(4 * prod(skeleton.view.tensors[name].shape) for name in skeleton.checkpoint_names(i)) for i in blocks)
+    largest = max(
+        sum(4 * prod(skeleton.view.tensors[name].shape) for name in skeleton.checkpoint_names(i)) for i in blocks
+    )
     left = max_memory_bytes - resident_bytes() - BLOCK_COPIES * largest
     if left < 0:
         raise TersorError(

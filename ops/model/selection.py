@@ -34,20 +34,35 @@ class Linear:
     transposed: bool
 
 
+# Output heads by the names transformers gives them. A tied head has no tensor to be found by, yet a loader meets its layer.
+HEADS = {
+    "": ["lm_head"],
+    "MaskedLM": ["cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "predictions.decoder"],
+}
+
+
 @dataclass
 class Selection:
     """The layers to work on, and for every other tensor of two or more dimensions why it is left alone."""
 
     linears: dict[str, Linear] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    dense_modules: list[str] = field(default_factory=list)  # linear layers that stay as they are
+    dense_modules: list[str] = field(default_factory=list)  # linear layers that stay as they are, tied heads included
+
+
+def tied_heads(checkpoint: Checkpoint) -> list[str]:
+    """Linear layers that the model has though the checkpoint holds no tensor for them."""
+    architecture = ((checkpoint.config or {}).get("architectures") or [""])[0]
+    return [head for kind, heads in HEADS.items() if kind in architecture for head in heads]
 
 
 def compile_patterns(patterns: list[str] | None, option: str) -> list[re.Pattern]:
     try:
         return [re.compile(pattern) for pattern in patterns or []]
     except re.error as error:
-        raise TersorError(f"{option}: {error.pattern!r} is not a regular expression ({error})", "see Python's re") from error
+        raise TersorError(
+            f"{option}: {error.pattern!r} is not a regular expression ({error})", "see Python's re"
+        ) from error
 
 
 def select(checkpoint: Checkpoint, include: list[str] | None = None, exclude: list[str] | None = None) -> Selection:
@@ -80,6 +95,7 @@ def select(checkpoint: Checkpoint, include: list[str] | None = None, exclude: li
                 continue
             result.dense_modules.append(module)
         result.reasons[name] = reason
+    result.dense_modules += [head for head in tied_heads(checkpoint) if f"{head}.weight" not in result.linears]
     for patterns, option in ((included, "--include"), (excluded, "--exclude")):
         for pattern in patterns:
             if not any(pattern.search(name) for name in checkpoint.tensors):

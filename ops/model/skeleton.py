@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
-
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 PANEL_ROWS = 8192
 EXPERTS = "tersor"

@@ -45,10 +45,14 @@ def _from_jsonl(path: Path) -> str:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise TersorError(f"{path}: line {number} is not JSON ({error})", "one JSON object or string a line") from error
+            raise TersorError(
+                f"{path}: line {number} is not JSON ({error})", "one JSON object or string a line"
+            ) from error
         key = next((key for key in TEXT_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)), None)
         if not isinstance(row, str) and key is None:
-            raise TersorError(f"{path}: line {number} has no text", f"one of the keys {', '.join(TEXT_KEYS)} must be there")
+            raise TersorError(
+                f"{path}: line {number} has no text", f"one of the keys {', '.join(TEXT_KEYS)} must be there"
+            )
         documents.append(row if isinstance(row, str) else row[key])
     return "\n\n".join(documents)
 
@@ -71,7 +75,9 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     if source.count("/") != 1:
-        raise TersorError(f"{source}: no such file", "give a .txt, .jsonl or .parquet file, or a Hub dataset (org/name)")
+        raise TersorError(
+            f"{source}: no such file", "give a .txt, .jsonl or .parquet file, or a Hub dataset (org/name)"
+        )
     try:
         names = HfApi().list_repo_files(source, repo_type="dataset")
         found = sorted(name for name in names if name.endswith((".parquet", ".jsonl", ".txt")))

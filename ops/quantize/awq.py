@@ -16,14 +16,13 @@ import contextlib
 import re
 
 import torch
-from torch import nn
-
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.scheme import Scheme
 from tersor.ops.model.skeleton import EXPERTS, is_linear, weight_matrix
 from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.quantize.grid import round_to_nearest
+from torch import nn
 
 GRID = 20
 SMALLEST_SCALE = 1e-4
@@ -49,7 +48,9 @@ class AWQ:
         energy = None if statistics is None else statistics.column_norms.square()
         return round_to_nearest(weight, scheme, scale_dtype, energy, self.clip)
 
-    def fold(self, run, index: int, block: nn.Module, layers: dict, statistics: dict, plan) -> tuple[set[str], set[str]]:
+    def fold(
+        self, run, index: int, block: nn.Module, layers: dict, statistics: dict, plan
+    ) -> tuple[set[str], set[str]]:
         """Scale what can be scaled in a filled block, changing its weights and the statistics.
 
         Returns the paths of the block's modules whose own parameters changed, and the names of the layers whose inputs
@@ -81,7 +82,9 @@ class AWQ:
             changed.add(producer_path)
         return changed, scaled
 
-    def _find_folds(self, run, index: int, block: nn.Module, layers: dict, statistics: dict) -> list[tuple[str, list[str]]]:
+    def _find_folds(
+        self, run, index: int, block: nn.Module, layers: dict, statistics: dict
+    ) -> list[tuple[str, list[str]]]:
         """(producer, consumers) as module paths. Proved on the first block of each kind, then reused."""
         paths = {id(module): path for path, module in block.named_modules()}
         kind = type(block), tuple(sorted(paths[id(layer)] for layer in layers.values()))
@@ -92,7 +95,9 @@ class AWQ:
                     readers.setdefault(id(statistics[name]), []).append(layer)
             found = [(self._producer(run, index, block, group, paths), group) for group in readers.values()]
             self._folds[kind] = [
-                (paths[id(producer)], [paths[id(layer)] for layer in group]) for producer, group in found if producer is not None
+                (paths[id(producer)], [paths[id(layer)] for layer in group])
+                for producer, group in found
+                if producer is not None
             ]
         return self._folds[kind]
 
@@ -133,7 +138,9 @@ def _channels(module: nn.Module) -> int:
 def _scaled(producer: nn.Module | None, consumers: list[nn.Module], scale: torch.Tensor):
     """Scaled for a trial; the exact weights come back afterwards."""
     modules = [*consumers, *([] if producer is None else [producer])]
-    before = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters(recurse=False)]
+    before = [
+        (parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters(recurse=False)
+    ]
     apply_scale(producer, consumers, scale)
     try:
         yield

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
-
 from tersor.formats import encodings
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.encodings import QuantizedWeight
@@ -30,6 +28,7 @@ from tersor.ops.quantize.errors import ErrorSums, output_error
 from tersor.ops.quantize.gptq import GPTQ
 from tersor.ops.quantize.plan import Plan, Step
 from tersor.ops.quantize.rtn import RTN
+from torch import nn
 
 # Below this many tokens per input column the statistics of an expert say little; it is rounded to nearest instead.
 FEWEST_TOKENS = 16
@@ -146,9 +145,7 @@ class _Job:
         parameter = self.skeleton.sources[name].parameter.removeprefix(self.skeleton.block_name(index) + ".")
         block.get_parameter(parameter).copy_(value.to(self.skeleton.dtype))
 
-    def _quantize(
-        self, step: Step, layer: nn.Module, statistics: InputStatistics | None
-    ) -> dict:
+    def _quantize(self, step: Step, layer: nn.Module, statistics: InputStatistics | None) -> dict:
         """Quantize one layer, put the decoded result into the module, write the codes. Returns its report numbers."""
         began = time.perf_counter()
         weight = weight_matrix(layer).float()
@@ -182,7 +179,9 @@ class _Job:
                 self.written.add(name)
                 if name in self.plan.steps:
                     step = self.plan.steps[name]
-                    quantized = self.encoding.decode(step.linear.module, self.writer.read, set(self.plan.layout), step.scheme)
+                    quantized = self.encoding.decode(
+                        step.linear.module, self.writer.read, set(self.plan.layout), step.scheme
+                    )
                     set_weight(layers[name], encodings.dequantize(quantized, step.scheme).to(self.skeleton.dtype))
                 elif self.skeleton.sources[name].expert is None:
                     self._load(index, block, name, self.writer.read(name))
@@ -195,7 +194,9 @@ class _Job:
                 continue
             numbers = None
             if name in self.plan.steps:
-                found = quantize_tensor(self.checkpoint, self.plan, self.plan.steps[name], self.writer, self.rtn, self.device)
+                found = quantize_tensor(
+                    self.checkpoint, self.plan, self.plan.steps[name], self.writer, self.rtn, self.device
+                )
                 reason = f"{self.plan.steps[name].reason}; outside the blocks, rounded to nearest"
                 numbers = {name: {**found, "reason": reason}}
             else:

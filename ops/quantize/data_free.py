@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
-
 from tersor.formats import encodings
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.header import TORCH_DTYPES

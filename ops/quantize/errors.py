@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.scheme import Scheme
 

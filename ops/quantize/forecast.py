@@ -56,5 +56,3 @@ def _peak(checkpoint: Checkpoint, plan: Plan, request) -> int:
     waiting = 4 * request.samples * request.seq_len * hidden * LIVE_COPIES
     peak = MODEL_LIBRARY_BYTES + 2 * max(blocks.values(), default=0) + 5 * 4 * widest**2 + waiting
     return peak if request.max_memory_bytes is None else min(peak, request.max_memory_bytes)
-
-

@@ -8,7 +8,6 @@ columns ("static groups"), so that the stored weights need no column index and l
 from __future__ import annotations
 
 import torch
-
 from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme

@@ -6,7 +6,6 @@ Scales are rounded to the dtype they are stored in before any code is computed (
 from __future__ import annotations
 
 import torch
-
 from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.scheme import Scheme
 from tersor.kernels.group_quantize import group_quantize

@@ -86,7 +86,9 @@ def build_plan(
         wanted = _scheme_of(scheme, settings, linear.name)
         fitted, fallback = fit_group(wanted, linear.shape[1])
         if fallback and strict:
-            raise TersorError(f"{linear.name}: {fallback}", "choose a --group-size that divides it, or leave --strict out")
+            raise TersorError(
+                f"{linear.name}: {fallback}", "choose a --group-size that divides it, or leave --strict out"
+            )
         try:
             encoding.check(linear.module, linear.shape, fitted)
         except TersorError as error:
@@ -99,7 +101,9 @@ def build_plan(
         plan.steps[linear.name] = Step(linear, fitted, scale_dtype, layout, fallback or "linear layer in a block")
         del plan.kept[linear.name]
     if not plan.steps:
-        raise TersorError(f"{checkpoint.path}: no tensor is left to quantize", "see tersor quantize --dry-run for the reasons")
+        raise TersorError(
+            f"{checkpoint.path}: no tensor is left to quantize", "see tersor quantize --dry-run for the reasons"
+        )
     for name, info in checkpoint.tensors.items():
         plan.layout |= plan.steps[name].layout if name in plan.steps else {name: (info.dtype, info.shape)}
     _warn(plan)
@@ -114,7 +118,9 @@ def _keep(plan: Plan, linear: Linear, reason: str) -> None:
 def _scheme_of(default: Scheme, settings: dict, name: str) -> Scheme:
     unknown = settings.keys() - {"scheme", "group_size", "symmetric", "keep"}
     if unknown:
-        raise TersorError(f"policy for {name}: unknown keys {sorted(unknown)}", "known: scheme group_size symmetric keep")
+        raise TersorError(
+            f"policy for {name}: unknown keys {sorted(unknown)}", "known: scheme group_size symmetric keep"
+        )
     if not settings:
         return default
     if "scheme" in settings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.scheme import Scheme
 from tersor.ops.model.statistics import InputStatistics

@@ -51,7 +51,9 @@ class Request:
         """The settings that decide the output bytes; another value of one of them is another run."""
         skip = {"output", "force", "resume", "max_memory_bytes", "model"}
         return {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items() if name not in skip
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self).items()
+            if name not in skip
         }
 
 
@@ -85,7 +87,9 @@ def quantize(request: Request, progress: Progress = lambda stage, done, total: N
 
     device = pick_device(request.device)
     key = {"version": __version__, "input": checkpoint.fingerprint(), "device": str(device), **request.arguments()}
-    report = Report.start("quantize", request.arguments(), request.seed, str(device), checkpoint, Report.history_of(checkpoint.path))
+    report = Report.start(
+        "quantize", request.arguments(), request.seed, str(device), checkpoint, Report.history_of(checkpoint.path)
+    )
     report.warnings += steps.warnings
     prepared = _prepare(request, checkpoint, device)
     with writing(CheckpointWriter(request.output, steps.layout, key, request.resume)) as writer:
@@ -164,7 +168,7 @@ def describe(step: Step) -> str:
 
 def _prove(folder: Path, steps: Plan) -> None:
     """Re-open what was written: it must hold exactly the planned tensors and decode."""
-    from tersor.ops.verify.run import check_folder
+    from tersor.ops.model.soundness import check_folder
 
     problems = check_folder(folder, expected=steps.layout, sample=True)
     if problems:

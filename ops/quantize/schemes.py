@@ -29,7 +29,9 @@ def scheme_from_name(name: str, group_size: int | None = None, symmetric: bool =
     scheme = SCHEMES[name]
     if scheme.strategy != "group":
         if group_size is not None:
-            raise TersorError(f"{name} has no groups, --group-size {group_size} does not apply", "leave --group-size out")
+            raise TersorError(
+                f"{name} has no groups, --group-size {group_size} does not apply", "leave --group-size out"
+            )
         if not symmetric:
             raise TersorError(f"{name} is symmetric only", "leave --asymmetric out")
         return scheme

@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tersor.formats import encodings
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
-from tersor.formats.errors import TersorError
-from tersor.formats.header import FLOAT_DTYPES
 from tersor.formats.locate import locate
-from tersor.formats.writer import Layout
-from tersor.ops.model.selection import select
-
-SAMPLED_MODULES = 3
+from tersor.ops.model.soundness import check_folder
 
 
 @dataclass
@@ -37,103 +31,9 @@ def verify(model: str, against: str | None = None, progress=lambda stage, done, 
     return result
 
 
-def check_folder(path: Path, expected: Layout | None = None, sample: bool = False, progress=lambda *_: None) -> list[str]:
-    """Problems of a checkpoint. `sample` looks into the data of a few modules only, else into all of it."""
-    try:
-        checkpoint = Checkpoint(path)
-        view = DenseView(checkpoint)
-    except TersorError as error:
-        return [str(error)]
-    problems = []
-    if expected is not None:
-        found = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-        wanted = {name: (dtype, tuple(shape)) for name, (dtype, shape) in expected.items()}
-        for name in sorted(found.keys() ^ wanted.keys()):
-            problems.append(f"tensor {name!r} is {'missing' if name in wanted else 'not expected'}")
-        problems += [f"tensor {name!r} is not as planned" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
-    problems += _layout_problems(checkpoint, view)
-    problems += _ignore_problems(checkpoint, view)
-    config = checkpoint.config or {}
-    if config.get("tie_word_embeddings") and "lm_head.weight" in checkpoint.tensors:
-        problems.append("config.json ties the word embeddings, yet there is a lm_head.weight of its own")
-    problems += _report_problems(path)
-    return problems or _data_problems(checkpoint, view, sample, progress)
-
-
-def _layout_problems(checkpoint: Checkpoint, view: DenseView) -> list[str]:
-    """Each quantized module must have exactly the tensors of its scheme."""
-    problems = []
-    for name, entry in view.tensors.items():
-        if entry.scheme is None:
-            continue
-        shape = entry.shape[::-1] if entry.transposed else entry.shape
-        wanted = view.encoding.layout(entry.module, shape, entry.scheme, entry.dtype)
-        for tensor, (dtype, extents) in wanted.items():
-            found = checkpoint.tensors.get(tensor)
-            if found is None:
-                problems.append(f"tensor {tensor!r} is missing")
-            elif (found.dtype, found.shape) != (dtype, tuple(extents)):
-                problems.append(f"tensor {tensor!r} is {found.dtype} {list(found.shape)}, expected {dtype} {list(extents)}")
-        if f"{entry.module}.weight" in checkpoint.tensors and f"{entry.module}.weight" not in wanted:
-            problems.append(f"tensor {name!r} is there twice, dense and quantized")
-    return problems
-
-
-def _ignore_problems(checkpoint: Checkpoint, view: DenseView) -> list[str]:
-    """A dense linear layer that the config does not name would be looked for in packed form by every loader."""
-    if view.encoding is None:
-        return []
-    covers = encodings.scheme_map(view.encoding, checkpoint.config)
-    selection = select(checkpoint)
-    modules = [linear.module for linear in selection.linears.values()] + selection.dense_modules
-    quantized = {entry.module for entry in view.tensors.values() if entry.scheme is not None}
-    return [
-        f"module {module!r} is dense, but the quantization_config does not ignore it"
-        for module in modules
-        if module not in quantized and covers(module) is not None
-    ]
-
-
-def _report_problems(path: Path) -> list[str]:
-    from tersor.formats.report import Report, validate
-
-    if not (path / "report.json").is_file():
-        return []
-    try:
-        return [f"report.json: {problem}" for problem in validate(Report.load(path).to_dict())]
-    except (TersorError, TypeError, KeyError, ValueError) as error:
-        return [f"report.json: {error}"]
-
-
-def _data_problems(checkpoint: Checkpoint, view: DenseView, sample: bool, progress) -> list[str]:
-    import torch
-
-    problems = []
-    modules = [name for name, entry in view.tensors.items() if entry.scheme is not None]
-    if sample:  # the writer has seen every value already; this proves that what is on disk decodes
-        modules = sorted({modules[len(modules) * part // SAMPLED_MODULES] for part in range(SAMPLED_MODULES)}) if modules else []
-    for count, name in enumerate(modules):
-        progress("decode", count, len(modules))
-        try:
-            weight = view.read(name)
-        except TersorError as error:
-            problems.append(str(error))
-            continue
-        if not bool(torch.isfinite(weight).all()):
-            problems.append(f"tensor {name!r} decodes to NaN or Inf")
-    if not sample:
-        dense = [name for name, info in checkpoint.tensors.items() if info.dtype in FLOAT_DTYPES]
-        for count, name in enumerate(dense):
-            progress("values", count, len(dense))
-            if checkpoint.tensors[name].params and not bool(torch.isfinite(checkpoint.map(name).sum(dtype=torch.float32))):
-                problems.append(f"tensor {name!r} holds NaN or Inf")
-    return problems
-
-
 def _compare(view: DenseView, original: DenseView, progress) -> list[str]:
     """The error of each tensor against the original must be what the report says."""
     import torch
-
     from tersor.formats.report import Report
 
     problems = []
@@ -146,7 +46,9 @@ def _compare(view: DenseView, original: DenseView, progress) -> list[str]:
         if name not in original.tensors:
             continue
         if view.tensors[name].shape != original.tensors[name].shape:
-            problems.append(f"tensor {name!r} has shape {view.tensors[name].shape}, the original {original.tensors[name].shape}")
+            problems.append(
+                f"tensor {name!r} has shape {view.tensors[name].shape}, the original {original.tensors[name].shape}"
+            )
             continue
         error = (reported[name].error or {}).get("relative_mse") if name in reported else None
         scaled = name in reported and "inputs scaled" in (reported[name].reason or "")

@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES
-
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
@@ -103,7 +102,11 @@ def test_statistics_are_those_of_the_input(family):
     for index in range(len(run)):
         with skeleton.filled(index) as block:
             run.run_staged(
-                index, block, skeleton.linears(index), {"hessian", "column_norms", "column_means", "samples"}, found.__setitem__
+                index,
+                block,
+                skeleton.linears(index),
+                {"hessian", "column_norms", "column_means", "samples"},
+                found.__setitem__,
             )
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = {}
@@ -157,7 +160,10 @@ def test_wrong_shape_and_missing_tensor_are_named(family, tmp_path):
     folder = shutil.copytree(family("llama"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    with pytest.raises(TersorError, match=r"mlp\.\w+_proj\.weight"), Skeleton(DenseView(Checkpoint(folder)), CPU).filled(0):
+    with (
+        pytest.raises(TersorError, match=r"mlp\.\w+_proj\.weight"),
+        Skeleton(DenseView(Checkpoint(folder)), CPU).filled(0),
+    ):
         pass
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
