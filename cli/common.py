@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -137,11 +136,9 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _resident_gib() -> float:
-    try:
-        with open("/proc/self/statm") as stream:
-            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except OSError:
-        return 0.0
+    from tersor.formats.report import resident_bytes
+
+    return resident_bytes() / 2**30
 
 
 def show(rows: list[tuple[str, str]], warnings: list[str], quiet: bool) -> None:

@@ -57,6 +57,9 @@ def quantize(
     activation_order: Annotated[
         bool, typer.Option("--activation-order/--no-activation-order", help="gptq: columns by falling input energy.")
     ] = True,
+    keep_zeros: Annotated[
+        bool, typer.Option("--keep-zeros/--no-keep-zeros", help="gptq: weights that are zero stay zero.")
+    ] = True,
     device: common.Device = "auto",
     max_memory: common.MaxMemory = None,
     dry_run: Annotated[
@@ -86,7 +89,7 @@ def quantize(
 
         request = Request(
             common.resolve_input(model), output, scheme, method, group_size, symmetric, format, clip, include or [], exclude or [],
-            policy, strict, calib, samples, seq_len, seed, damping, activation_order, device, common.parse_size(max_memory),
+            policy, strict, calib, samples, seq_len, seed, damping, activation_order, keep_zeros, device, common.parse_size(max_memory),
             force, resume,
         )  # fmt: skip
         if dry_run:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from tersor.formats.errors import TersorError
 SCHEMA = "tersor.report/1"
 KEYS = (
     "schema", "command", "version", "args", "seed", "device", "input", "output", "seconds", "peak_rss_bytes",
-    "peak_anonymous_bytes", "tensors", "totals", "quality", "warnings", "history",
+    "tensors", "totals", "quality", "warnings", "history",
 )  # fmt: skip
 TENSOR_KEYS = ("name", "action", "reason", "before", "after", "error", "sparsity", "bits", "seconds")
 
@@ -53,7 +54,6 @@ class Report:
     version: str = __version__
     seconds: float = 0.0
     peak_rss_bytes: int = 0
-    peak_anonymous_bytes: int | None = None
     tensors: list[TensorEntry] = field(default_factory=list)
     quality: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -70,7 +70,6 @@ class Report:
         self.output = describe(checkpoint) | ({"path": name} if name else {})
         self.seconds = round(time.perf_counter() - self._began, 3)
         self.peak_rss_bytes = peak_rss_bytes()
-        self.peak_anonymous_bytes = anonymous_bytes()
 
     @staticmethod
     def history_of(folder: Path) -> list[dict]:
@@ -182,19 +181,10 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _status(key: str) -> int | None:
-    try:
-        with open("/proc/self/status") as stream:
-            found = next((line for line in stream if line.startswith(key + ":")), None)
-    except OSError:
-        return None
-    return int(found.split()[1]) * 1024 if found else None
-
-
-def anonymous_bytes() -> int | None:
-    """Memory of the process now that no file backs; None where the system does not tell."""
-    return _status("RssAnon")
-
-
 def resident_bytes() -> int:
-    return _status("VmRSS") or peak_rss_bytes()
+    """Memory of this process now; its peak where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_rss_bytes()

@@ -91,7 +91,7 @@ class Skeleton:
                 _assign(self.model, name, self.view.read(source).to(self.device, self.dtype))
         self.model.tie_weights()
         for name, module in self.model.named_modules():
-            _fill_buffers(self.model, module)
+            _fill_buffers(self.model, module, self.device)
             for key, parameter in module.named_parameters(recurse=False):
                 full = f"{name}.{key}" if name else key
                 if parameter.is_meta and not full.startswith(inside):
@@ -350,7 +350,7 @@ def _assign(root: nn.Module, name: str, value: torch.Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def _fill_buffers(model: nn.Module, module: nn.Module) -> None:
+def _fill_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
     """Rotary tables and other buffers that no checkpoint holds: made on the CPU by the model's own initialisation."""
     names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
     if not names:
@@ -365,3 +365,5 @@ def _fill_buffers(model: nn.Module, module: nn.Module) -> None:
         model._init_weights(module)
     finally:
         module._parameters.update(parameters)
+    for name in names:
+        module._buffers[name] = module._buffers[name].to(device)

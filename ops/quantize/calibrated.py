@@ -48,7 +48,7 @@ def quantize_blocks(
     pool = SpillPool(parking_space(request.max_memory_bytes, skeleton), Path(writer.partial))
     run = BlockPass(skeleton, windows, pool)
     if request.method == "gptq":
-        method = GPTQ(request.damping, request.activation_order, request.clip)
+        method = GPTQ(request.damping, request.activation_order, request.clip, request.keep_zeros)
     else:
         method = AWQ(request.clip)
     job = _Job(checkpoint, plan, writer, run, method, device)

@@ -24,13 +24,15 @@ class GPTQ:
 
     needs = frozenset({"hessian"})
 
-    def __init__(self, damping: float = DAMPING, activation_order: bool = True, clip: bool = True):
-        self.damping, self.activation_order, self.clip = damping, activation_order, clip
+    def __init__(
+        self, damping: float = DAMPING, activation_order: bool = True, clip: bool = True, keep_zeros: bool = True
+    ):
+        self.damping, self.activation_order, self.clip, self.keep_zeros = damping, activation_order, clip, keep_zeros
 
     def quantize(
         self, weight: torch.Tensor, statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
-        """`weight` `[out, in]`. Weights that are zero on arrival stay zero. No statistics: rounding to nearest."""
+        """`weight` `[out, in]`. With `keep_zeros`, weights that are zero on arrival stay zero. No statistics: rounding to nearest."""
         if scheme.kind == "float" or statistics is None:
             return round_to_nearest(weight, scheme, scale_dtype, clip=self.clip)
         weight = weight.float()
@@ -45,7 +47,7 @@ class GPTQ:
             zero_point=zero_point,
             group_index=group[order],
             bits=scheme.bits,
-            keep=None if bool(keep.all()) else keep[:, order],
+            keep=keep[:, order] if self.keep_zeros and not bool(keep.all()) else None,
         ).codes
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)

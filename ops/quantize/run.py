@@ -42,6 +42,7 @@ class Request:
     seed: int = 0
     damping: float = 0.01
     activation_order: bool = True
+    keep_zeros: bool = True
     device: str = "auto"
     max_memory_bytes: int | None = None
     force: bool = False
@@ -125,10 +126,9 @@ def _prepare(request: Request, checkpoint: Checkpoint, device):
 
 
 def _write_config(checkpoint: Checkpoint, steps: Plan, writer: CheckpointWriter) -> None:
-    if checkpoint.config is None:
-        return
+    """Without a config.json the output gets one that holds the quantization alone: codes are nothing without it."""
     settings = steps.quantization_config()
-    writer.add_json("config.json", {**checkpoint.config, "quantization_config": settings})
+    writer.add_json("config.json", {**(checkpoint.config or {}), "quantization_config": settings})
     if steps.format == "gptq":
         writer.add_json("quantize_config.json", settings)
 
