@@ -248,7 +248,7 @@ class _Stages:
         return paused_forward
 
     def _finish(self, name: str, statistics: InputStatistics) -> None:
-        with _disable_current_modes():
+        with _disable_current_modes(), torch._C.DisableTorchFunction():  # algorithms make many small calls
             self._ready(name, statistics)
         self.finished.add(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-PANEL_COLUMNS = 512
+PANEL_COLUMNS = 192
 KINDS = ("column_norms", "column_means", "hessian", "samples")
 
 
