@@ -1,0 +1,99 @@
+"""GPTQ to 4 bits: this toolkit and llm-compressor on the same token windows, one after the other on one machine.
+
+    python benchmarks/quantize_vs_llmcompressor.py --peer-python .venv-peers/bin/python --model cache/smollm2
+
+Both get the same 32 x 512 tokens of the shipped calibration text, groups of 64, symmetric, and the same threads. The
+perplexities of all results are measured by `tersor evaluate`, on prose by the same author from another novel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import Measured, measure, peer_versions, save
+
+HERE = Path(__file__).parent
+HELDOUT = HERE / "data" / "heldout.txt"
+WINDOW = 512
+
+
+def tersor(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tersor.cli.main", *map(str, arguments)]
+
+
+def perplexity(model: Path, text: Path) -> dict:
+    command = tersor("evaluate", model, "--text", text, "--seq-len", WINDOW, "--json", "-q")
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["quality"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--peer-python", required=True, help="python of an environment with benchmarks/peers.txt")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--text", type=Path, default=HELDOUT)
+    arguments = parser.parse_args()
+
+    from tersor.ops.model.calibration import load_windows
+
+    rows: dict[str, tuple[Measured | None, dict]] = {"dense": (None, perplexity(arguments.model, arguments.text))}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        windows = load_windows(arguments.model, None, arguments.samples, WINDOW)
+        (work / "windows.json").write_text(json.dumps(windows.tolist()))
+        common = ("--scheme", "w4a16", "--group-size", arguments.group_size, "-q")
+        calibration = ("--samples", arguments.samples, "--seq-len", WINDOW)
+        runs = {
+            "tersor gptq": tersor("quantize", arguments.model, "-o", work / "gptq", "--method", "gptq", *calibration, *common),
+            "tersor awq": tersor("quantize", arguments.model, "-o", work / "awq", "--method", "awq", *calibration, *common),
+            "tersor rtn": tersor("quantize", arguments.model, "-o", work / "rtn", "--method", "rtn", *common),
+            "llm-compressor gptq": [
+                arguments.peer_python, str(HERE / "peers" / "llmcompressor_gptq.py"), str(arguments.model),
+                str(work / "peer"), str(work / "windows.json"), str(arguments.group_size),
+            ],
+        }  # fmt: skip
+        for name, command in runs.items():
+            print(f"running {name} …", file=sys.stderr)
+            output = work / (name.split()[1] if name.startswith("tersor") else "peer")
+            rows[name] = measure(command), perplexity(output, arguments.text)
+
+    dense = rows["dense"][1]["perplexity"]
+    ours, theirs = rows["tersor gptq"], rows["llm-compressor gptq"]
+    speedup = theirs[0].seconds / ours[0].seconds
+    lost = (ours[1]["perplexity"] - dense) / (theirs[1]["perplexity"] - dense)
+    quality = rows["dense"][1]
+    print(f"{quality['tokens']} tokens of {arguments.text.name} in windows of {WINDOW}\n")
+    print(f"{'':22s}{'seconds':>9s}{'peak GB':>9s}{'perplexity':>12s}{'lost':>8s}")
+    for name, (measured, found) in rows.items():
+        cost = f"{measured.seconds:9.1f}{measured.peak_anonymous_bytes / 1e9:9.2f}" if measured else " " * 18
+        print(f"{name:22s}{cost}{found['perplexity']:12.2f}{found['perplexity'] - dense:8.2f}")
+    print(f"\ngptq: {speedup:.1f} x as fast (goal 3), {lost:.2f} of the perplexity lost (goal at most 0.50)")
+    path = save(
+        "quantize_vs_llmcompressor",
+        {
+            "model": arguments.model.name,
+            "scheme": f"w4a16 symmetric, groups of {arguments.group_size}",
+            "calibration": f"{arguments.samples} x {WINDOW} tokens",
+            "text": arguments.text.name,
+            "text_tokens": quality["tokens"],
+            "window_tokens": WINDOW,
+            "peer": peer_versions(arguments.peer_python),
+            "rows": {
+                name: {**(vars(measured) if measured else {}), "perplexity": found["perplexity"]}
+                for name, (measured, found) in rows.items()
+            },
+            "speedup": round(speedup, 2),
+            "share_of_lost_perplexity": round(lost, 3),
+        },
+    )
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
