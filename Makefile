@@ -51,14 +51,18 @@ lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-PEER_PYTHON ?= $(VENV)-peers/bin/python
+# llm-compressor's environment is made here unless PEER_PYTHON names one.
+ifndef PEER_PYTHON
+PEER_PYTHON := $(VENV)-peers/bin/python
+PEERS_READY := $(VENV)-peers/.ready
+endif
 $(VENV)-peers/.ready: benchmarks/peers.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0
 	$(VENV)-peers/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers.txt
 	touch $@
 
-bench: $(SMOLLM2)/config.json $(VENV)-peers/.ready bench-kernels
+bench: $(SMOLLM2)/config.json $(PEERS_READY) bench-kernels
 	$(BIN)/python benchmarks/build_models.py random-1b $(CACHE)/random-1b
 	$(BIN)/python benchmarks/build_models.py random-1b $(CACHE)/random-1b-4shards --shards 4
 	$(BIN)/python benchmarks/quantize_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2)

@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shards", type=int, default=1)
     arguments = parser.parse_args()
-    if arguments.out.is_dir():
+    if (arguments.out / "config.json").exists():  # the folder is renamed into place when it is complete
         return
     partial = arguments.out.with_name(arguments.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Time a command and the most memory that it and its children held."""
+"""Time a command and the most memory that it and its children held, and say on what machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Measured:
 
 
 def measure(command: list[str], **environment: str) -> Measured:
-    """Run `command` to its end. Raises SystemExit with its last lines when it fails."""
+    """Run `command` to its end, sampling the memory of its process tree. Raises SystemExit with its last lines when it
+    fails."""
     began = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
@@ -57,7 +58,9 @@ def _memory(root: int) -> dict[str, int]:
     while waiting:
         pid = waiting.pop()
         try:
-            waiting += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            # A child is listed under the thread that started it.
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                waiting += [int(child) for child in children.read_text().split()]
             for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                 key = line.partition(":")[0]
                 if key in total:
@@ -67,12 +70,20 @@ def _memory(root: int) -> dict[str, int]:
     return total
 
 
+def use_cores(count: int) -> int:
+    """Keep this process and all it starts on `count` cores, with as many threads. Returns how many there are to have."""
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, cores)
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    return len(cores)
+
+
 def machine() -> dict:
     """What the numbers were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {"cpu": name, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30)}
+    found = {"cpu": name, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30)}
     found |= {package: version(package) for package in ("torch", "triton", "transformers")}
     import torch
 

@@ -58,19 +58,20 @@ def resolve_input(model: str) -> str:
 
 
 @contextmanager
-def reported_errors(debug: bool) -> Iterator[None]:
+def reported_errors(debug: bool, resumable: bool = True) -> Iterator[None]:
     """One line of error, one of hint, exit 1; 130 when interrupted."""
     try:
         yield
     except TersorError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {_one_line(str(error))}\n")
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
         if error.hint:
-            sys.stderr.write(f"hint: {_one_line(error.hint)}\n")
+            sys.stderr.write(f"hint: {one_line(error.hint)}\n")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        sys.stderr.write("interrupted; continue with the same command and --resume\n")
+        way_on = "; continue with the same command and --resume" if resumable else ""
+        sys.stderr.write(f"interrupted{way_on}\n")
         raise typer.Exit(130) from error
     except MemoryError as error:
         if debug:
@@ -79,7 +80,7 @@ def reported_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join(text.split())
 
 

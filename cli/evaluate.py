@@ -41,11 +41,14 @@ def evaluate(
     Quantized checkpoints are decoded by this toolkit's own readers. Prints MODEL, so that commands chain; --json prints
     the report with quality.perplexity.
     """
-    with common.reported_errors(debug):
+    with common.reported_errors(debug, resumable=False):
         path = common.resolve_input(model)
         from tersor.ops.evaluate.run import Request, evaluate
         from tersor.ops.evaluate.run import record as add_to_report
+        from tersor.ops.evaluate.run import require_report
 
+        if record:
+            require_report(Path(path))
         request = Request(path, text, seq_len, stride, max_windows, compare, device, common.parse_size(max_memory))
         with common.progress(quiet) as progress:
             report = evaluate(request, progress)

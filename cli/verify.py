@@ -27,7 +27,7 @@ def verify(
 
     Prints MODEL when it is sound. Otherwise prints each problem and exits with 1.
     """
-    with common.reported_errors(debug):
+    with common.reported_errors(debug, resumable=False):
         path = common.resolve_input(model)
         from tersor.ops.verify.run import verify as run
 
@@ -38,9 +38,9 @@ def verify(
             "quantized_modules": result.quantized_modules, "problems": result.problems,
         }  # fmt: skip
         for problem in result.problems:
-            sys.stderr.write(f"error: {problem}\n")
+            sys.stderr.write(f"error: {common.one_line(problem)}\n")
         if result.problems:
-            sys.stderr.write(f"hint: {len(result.problems)} problems; write {path} again from its source\n")
+            sys.stderr.write(f"hint: write {common.one_line(path)} again from its source\n")
             if json:
                 common.emit(path, found)
             raise typer.Exit(1)

@@ -18,6 +18,7 @@ from tersor.formats.header import TORCH_DTYPES, TensorInfo, read_header
 if TYPE_CHECKING:
     import torch
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Files of the input that describe its own weights; a new checkpoint writes its own.
@@ -48,7 +49,8 @@ class Checkpoint:
                         "the shards overlap: remove the files that do not belong to this checkpoint",
                     )
                 self.tensors[name] = info
-        if self.path.is_dir() and (index := self.path / INDEX_NAME).exists() and len(self.shards) > 1:
+        index = self.path / INDEX_NAME
+        if self.shards != [self.path / SINGLE_NAME] and index.exists():
             _check_index(index, self.tensors)
 
     @property
@@ -123,24 +125,22 @@ class Checkpoint:
     @staticmethod
     def read_bytes(file: Path, offset: int, into: memoryview) -> None:
         """Fill `into` from `file` at `offset`. Raises TersorError when the file ends early or cannot be read."""
-        descriptor = os.open(file, os.O_RDONLY)
         try:
-            done = 0
-            while done < len(into):
-                count = os.preadv(descriptor, [into[done:]], offset + done)
-                if count == 0:
-                    raise TersorError(f"{file}: ends at byte {offset + done}", "the file was cut while being read")
-                done += count
+            with open(file, "rb", buffering=0) as stream:
+                done = 0
+                while done < len(into):
+                    count = os.preadv(stream.fileno(), [into[done:]], offset + done)
+                    if count == 0:
+                        raise TersorError(f"{file}: ends at byte {offset + done}", "the file was cut while being read")
+                    done += count
         except OSError as error:
             raise TersorError(f"{file}: {error.strerror}", "check the disk") from error
-        finally:
-            os.close(descriptor)
 
 
 def _load_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TersorError(f"{path}: not readable as JSON ({error})", "save or download the file again") from error
     if not isinstance(value, dict):
         raise TersorError(f"{path}: not a JSON object", "save or download the file again")
@@ -148,7 +148,7 @@ def _load_json(path: Path) -> dict:
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / INDEX_NAME
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.exists():
         return [single]
     if index.exists():
@@ -183,7 +183,7 @@ def _shards_of_index(folder: Path, index: Path) -> list[Path]:
         # A Hub cache holds links into its blob store, so the path is judged as written, not as resolved.
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise TersorError(f"{index}: names {name!r}, a path outside the folder", "do not trust this checkpoint")
-        if not shard.is_file():
+        if not os.path.isfile(shard):  # which is False, not an error, for a name no file can have
             raise TersorError(f"{index}: names {name!r}, which is not there", f"put the missing shard into {folder}")
         shards.append(shard)
     if not shards:
@@ -193,7 +193,7 @@ def _shards_of_index(folder: Path, index: Path) -> list[Path]:
 
 def _check_index(index: Path, tensors: dict[str, TensorInfo]) -> None:
     for name, file in _weight_map(index).items():
-        if name not in tensors or tensors[name].file.name != Path(file).name:
+        if name not in tensors or tensors[name].file != index.parent / file:
             where = "no shard has it" if name not in tensors else f"it is in {tensors[name].file.name}"
             raise TersorError(
                 f"{index}: tensor {name!r} should be in {file}, but {where}", "download the checkpoint again"

@@ -11,7 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from tersor.formats.encodings import QuantizedWeight, SchemeMap, need, patterns
+from tersor.formats.encodings import (
+    QuantizedWeight,
+    SchemeMap,
+    checked_group_index,
+    compiled,
+    is_extent,
+    need,
+    patterns,
+)
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme
 
@@ -24,7 +32,7 @@ SUFFIXES = (
     ".weight_packed", ".weight", ".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".input_scale",
     ".input_zero_point",
 )  # fmt: skip
-READ_FORMATS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"}
+READ_FORMATS = ("float-quantized", "int-quantized", "mixed-precision", "naive-quantized", "pack-quantized")
 ACTIVATIONS = {
     "int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -92,6 +100,11 @@ def encode(module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Te
         raise TersorError(
             f"{module}: its groups are not runs of columns (desc_act)", "go through dense: tersor convert --to dense"
         )
+    if (weight.zero_point is None) != scheme.symmetric:
+        raise TersorError(
+            f"{module}: zero points that do not go with a {'' if scheme.symmetric else 'a'}symmetric scheme",
+            "go through dense: tersor convert --to dense",
+        )
     scale = weight.scale.contiguous()
     if format_of(scheme) != "pack-quantized":
         tensors = {f"{module}.weight": weight.codes.contiguous(), f"{module}.weight_scale": scale}
@@ -124,14 +137,24 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 def decode(module: str, read: Callable[[str], Tensor], names: Collection[str], scheme: Scheme) -> QuantizedWeight:
     """Codes and scales of a module. Raises TersorError when a tensor is missing or its shape is wrong."""
+    import torch
     from tersor.formats.packing import unpack_rows
 
     scale = need(read, names, f"{module}.weight_scale")
     zero_name = f"{module}.weight_zero_point"
     if format_of(scheme) != "pack-quantized":
         codes = need(read, names, f"{module}.weight")
+        dtype = torch.int8 if scheme.kind == "int" else torch.float8_e4m3fn
+        if codes.dtype != dtype or codes.dim() != 2:
+            raise TersorError(
+                f"tensor '{module}.weight' is {codes.dtype} {list(codes.shape)}, expected {dtype} [out, in]",
+                "the config.json does not belong to these weights",
+            )
         _expect(f"{module}.weight_scale", scale, _scale_shape(tuple(codes.shape), scheme), scheme)
-        zero_point = None if scheme.symmetric else need(read, names, zero_name)
+        zero_point = None
+        if not scheme.symmetric:
+            zero_point = need(read, names, zero_name)
+            _expect(zero_name, zero_point, tuple(scale.shape))
         return QuantizedWeight(codes, scale, zero_point)
     packed = need(read, names, f"{module}.weight_packed")
     out, columns = _stored_shape(module, read, names)
@@ -144,13 +167,24 @@ def decode(module: str, read: Callable[[str], Tensor], names: Collection[str], s
     zero_point = None
     if not scheme.symmetric:
         try:
-            rows = unpack_rows(need(read, names, zero_name).T.contiguous(), scheme.bits, out)
+            rows = unpack_rows(need(read, names, zero_name).transpose(0, -1).contiguous(), scheme.bits, out)
         except TersorError as error:
             raise TersorError(f"{zero_name}: {error}", error.hint) from error
         zero_point = _signed(rows.T.contiguous(), scheme.bits)
         _expect(zero_name, zero_point, tuple(scale.shape))
-    index = f"{module}.weight_g_idx"
-    return QuantizedWeight(codes, scale, zero_point, read(index) if index in names else None)
+    return QuantizedWeight(codes, scale, zero_point, _group_index(module, read, names, columns, scale.shape[-1]))
+
+
+def _group_index(
+    module: str, read: Callable[[str], Tensor], names: Collection[str], columns: int, groups: int
+) -> Tensor | None:
+    name = f"{module}.weight_g_idx"
+    if name not in names:
+        return None
+    index = read(name)
+    if bool((index == -1).any()):  # how the library marks one that was never set
+        return None
+    return checked_group_index(name, index, columns, groups)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], scheme: Scheme | None = None) -> None:
@@ -164,8 +198,8 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], scheme: Scheme | 
 
 
 def _stored_shape(module: str, read: Callable[[str], Tensor], names: Collection[str]) -> tuple[int, int]:
-    values = need(read, names, f"{module}.weight_shape").tolist()
-    if len(values) != 2 or min(values) < 1:
+    values = need(read, names, f"{module}.weight_shape").flatten().tolist()
+    if len(values) != 2 or not all(isinstance(value, int) and value > 0 for value in values):
         raise TersorError(
             f"tensor '{module}.weight_shape' holds {values}, expected [out, in]", "the checkpoint is damaged"
         )
@@ -181,7 +215,10 @@ def dense_shape(module: str, infos: dict, scheme: Scheme, read: Callable[[str], 
         return _stored_shape(module, read, infos), dtype
     if f"{module}.weight" not in infos:
         raise TersorError(f"tensor '{module}.weight' is missing", "the checkpoint is incomplete")
-    return infos[f"{module}.weight"].shape, dtype
+    shape = infos[f"{module}.weight"].shape
+    if len(shape) != 2:
+        raise TersorError(f"tensor '{module}.weight' has shape {list(shape)}, expected [out, in]", "it is damaged")
+    return shape, dtype
 
 
 def modules(names: Collection[str]) -> list[str]:
@@ -250,37 +287,47 @@ def scheme_map(config: dict) -> SchemeMap:
     if settings.get("format") not in READ_FORMATS:
         raise TersorError(
             f"compressed-tensors format {settings.get('format')!r} is not read here",
-            f"read are {' '.join(sorted(READ_FORMATS))}",
+            f"read are {' '.join(READ_FORMATS)}",
         )
-    ignore = settings.get("ignore") or []
-    targets = [
-        (target, _parse_group(name, group, settings)) for name, group in groups.items() for target in group["targets"]
-    ]
+    ignore = _matcher(settings.get("ignore") or [])
+    ranked = []  # an exact name wins over a pattern, a pattern over the class
+    for name, group in groups.items():
+        scheme, targets = _parse_group(name, group, settings), group["targets"]
+        exact = [target for target in targets if target != "Linear" and not target.startswith("re:")]
+        ranked.append((0, _matcher(exact), scheme))
+        ranked.append((1, _matcher([target for target in targets if target.startswith("re:")]), scheme))
+        if "Linear" in targets:
+            ranked.append((2, lambda module: True, scheme))
+    ranked.sort(key=lambda entry: entry[0])
 
     def scheme_of(module: str) -> Scheme | None:
-        if any(_matches(target, module) for target in ignore):
+        if ignore(module):
             return None
-        ranks = [("re:" in target, target == "Linear", scheme) for target, scheme in targets if _hits(target, module)]
-        return min(ranks, key=lambda rank: (rank[1], rank[0]))[2] if ranks else None
+        return next((scheme for _, matches, scheme in ranked if matches(module)), None)
 
     return scheme_of
 
 
-def _hits(target: str, module: str) -> bool:
-    return target == "Linear" or _matches(target, module)
+def _matcher(targets: object) -> Callable[[str], bool]:
+    """Whether a module is among `targets`: names, and patterns that start with `re:`."""
+    if not _are_strings(targets):
+        raise TersorError(f"quantization_config: {targets!r} is not a list of modules", "the config.json is damaged")
+    exact = {target for target in targets if not target.startswith("re:")}
+    regexes = [compiled(target[3:]) for target in targets if target.startswith("re:")]
+    return lambda module: module in exact or any(regex.match(module) for regex in regexes)
 
 
-def _matches(target: str, module: str) -> bool:
-    return bool(re.match(target[3:], module)) if target.startswith("re:") else target == module
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _parse_group(name: str, group: dict, settings: dict) -> Scheme:
     weights = group.get("weights")
-    if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
+    if not isinstance(weights, dict) or not _are_strings(group.get("targets")):
         raise TersorError(f"quantization_config: group {name!r} lacks weights or targets", "the config.json is damaged")
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
     known = (kind == "int" and bits in (2, 3, 4, 8)) or (kind == "float" and bits == 8)
-    if not known or strategy not in ("group", "channel", "tensor", "block"):
+    if not known or not is_extent(bits) or strategy not in ("group", "channel", "tensor", "block"):
         raise TersorError(
             f"quantization_config: {kind} {bits} bit by {strategy} is not read here", "convert it with its own tool"
         )
@@ -290,6 +337,8 @@ def _parse_group(name: str, group: dict, settings: dict) -> Scheme:
             "quantize again; releases from 0.18 on pack densely",
         )
     inputs = group.get("input_activations") or {}
+    if not isinstance(inputs, dict):
+        raise TersorError(f"quantization_config: group {name!r} has input_activations {inputs!r}", "it is damaged")
     activations = None
     if inputs:
         activations = (
@@ -298,9 +347,13 @@ def _parse_group(name: str, group: dict, settings: dict) -> Scheme:
     block = weights.get("block_structure")
     size = weights.get("group_size")
     strategy = "channel" if strategy == "group" and size == -1 else strategy
+    if strategy == "group" and not is_extent(size):
+        raise TersorError(f"quantization_config: group {name!r} has group_size {size!r}", "the config.json is damaged")
+    if strategy == "block" and not (isinstance(block, list) and len(block) == 2 and all(map(is_extent, block))):
+        raise TersorError(f"quantization_config: group {name!r} has block_structure {block!r}", "it is damaged")
     return Scheme(
         bits, kind, bool(weights.get("symmetric", True)), strategy, size if strategy == "group" else None,
-        tuple(block) if strategy == "block" and block else None, activations,
+        tuple(block) if strategy == "block" else None, activations,
     )  # fmt: skip
 
 

@@ -86,16 +86,21 @@ def dequantize(weight: QuantizedWeight, scheme: Scheme) -> Tensor:
 
     codes, scale = weight.codes, weight.scale.float()
     out, columns = codes.shape
-    if scheme.strategy == "tensor":
-        return codes.float() * scale.reshape(1, 1)
-    if scheme.strategy == "block":
-        rows, width = scheme.block
-        if tuple(scale.shape) != (-(-out // rows), -(-columns // width)):
+    if scheme.strategy in ("tensor", "block"):
+        rows, width = scheme.block or (out, columns)
+        tiles = (-(-out // rows), -(-columns // width))
+        if scale.numel() != tiles[0] * tiles[1] or (scale.dim() == 2 and tuple(scale.shape) != tiles):
             raise TersorError(
-                f"block scales {list(scale.shape)} do not fit a weight {[out, columns]}", "the tensor is damaged"
+                f"scales {list(scale.shape)} do not fit a weight {[out, columns]} in tiles of {[rows, width]}",
+                "the tensor is damaged",
             )
-        spread = scale.repeat_interleave(rows, 0)[:out].repeat_interleave(width, 1)[:, :columns]
-        return codes.float() * spread
+
+        def spread(values: Tensor) -> Tensor:
+            values = values.float().reshape(tiles)
+            return values.repeat_interleave(rows, 0)[:out].repeat_interleave(width, 1)[:, :columns]
+
+        values = codes.float() if weight.zero_point is None else codes.float() - spread(weight.zero_point)
+        return values.mul_(spread(scale))
     groups = scale.shape[1]
     if scale.shape[0] != out or (weight.group_index is None and columns % groups):
         raise TersorError(f"scales {list(scale.shape)} do not fit a weight {[out, columns]}", "the tensor is damaged")
@@ -128,6 +133,27 @@ def patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
         else:
             result.append("re:^" + re.escape(shape).replace(r"\#", r"\d+").replace("#", r"\d+") + "$")
     return result
+
+
+def checked_group_index(name: str, index: Tensor, columns: int, groups: int) -> Tensor:
+    """The group of each column. Raises TersorError when it does not name a group for every column."""
+    if tuple(index.shape) != (columns,) or int(index.min()) < 0 or int(index.max()) >= groups:
+        raise TersorError(f"tensor {name!r} does not name groups 0 … {groups - 1}", "the checkpoint is damaged")
+    return index
+
+
+def is_extent(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def compiled(pattern: str) -> re.Pattern:
+    """A pattern out of a config. Raises TersorError when it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise TersorError(
+            f"quantization_config: {pattern!r} is not a regular expression ({error})", "the config.json is damaged"
+        ) from error
 
 
 def need(read: Callable[[str], Tensor], names: Collection[str], name: str) -> Tensor:

@@ -29,6 +29,7 @@ TORCH_DTYPES = {
 SAFETENSORS_DTYPES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
 # The reference implementation refuses longer headers too: a real one of 100,000 tensors is about 15 MB.
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64  # of torch and numpy
 
 
 class TensorInfo(NamedTuple):
@@ -69,14 +70,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise TersorError(f"{file}: {error.strerror}", "check that the file exists and can be read") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _broken(file, "header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise _broken(file, "__metadata__ is not an object")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(file, "__metadata__ is not an object of strings")
     start = 8 + length
     tensors = [_entry(file, name, entry, start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
@@ -96,11 +97,28 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name appears twice")
+    for text in (*result, *result.values()):
+        if isinstance(text, str):
+            text.encode("utf-8")  # half of a surrogate pair, which JSON can escape, could not be written again
     return result
+
+
+def _no_constants(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_countable(shape: list[int]) -> bool:
+    """Whether strides and element counts fit 63 bits. A zero extent does not excuse the others: strides ignore it."""
+    elements = 1
+    for extent in shape:
+        elements *= max(extent, 1)
+        if elements >= 2**63:
+            return False
+    return True
 
 
 def _entry(file: Path, name: str, entry: object, start: int) -> TensorInfo:
@@ -116,6 +134,8 @@ def _entry(file: Path, name: str, entry: object, start: int) -> TensorInfo:
         raise _broken(file, f"tensor {name!r} has shape {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
         raise _broken(file, f"tensor {name!r} has data_offsets {offsets!r}")
+    if len(shape) > MAX_DIMENSIONS or not _is_countable(shape):
+        raise _broken(file, f"tensor {name!r} has a shape of {len(shape)} extents that no tensor can have")
     nbytes = tensor_bytes(dtype, tuple(shape))
     if offsets[1] - offsets[0] != nbytes:
         raise _broken(

@@ -36,7 +36,9 @@ class Journal:
             try:
                 found = json.loads(lines[0])
                 self.done = {unit: data for unit, data in (json.loads(line) for line in lines[1:])}
-            except ValueError as error:
+                if not isinstance(found, dict):
+                    raise ValueError("its first line is not an object")
+            except (ValueError, TypeError, RecursionError) as error:
                 self.close()
                 raise TersorError(f"{path}: not readable ({error})", "start over with --force") from error
             if found != key:

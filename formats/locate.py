@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -12,8 +13,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def locate(model: str) -> Path:
     """A path as it is; `org/name` that is not a path through the Hub and its cache (HF_HUB_OFFLINE is honoured)."""
-    path = Path(model).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(model))
+    if model and os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
         return path
     if not HUB_ID.fullmatch(model):
         raise TersorError(

@@ -41,6 +41,11 @@ def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """int32 words `[rows, words]` back to uint8 values `[rows, columns]`. Raises TersorError when the words do not fit."""
+    if packed.dtype != torch.int32 or packed.dim() != 2:
+        raise TersorError(
+            f"packed words are {str(packed.dtype).removeprefix('torch.')} {list(packed.shape)}, expected int32 [rows, words]",
+            "the tensor is damaged, or packed in another layout",
+        )
     rows, words = packed.shape
     if words != packed_columns(columns, bits):
         raise TersorError(
@@ -55,7 +60,7 @@ def unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         values = torch.empty(rows, raw.shape[1], per_byte, dtype=torch.uint8, device=packed.device)
         for position in range(per_byte):
             torch.bitwise_and(raw >> (bits * position), mask, out=values[:, :, position])
-        return values.reshape(rows, -1)[:, :columns].contiguous()
+        return values.reshape(rows, words * 4 * per_byte)[:, :columns].contiguous()
     return _unpack_across_bytes(raw, bits, columns)
 
 
@@ -67,19 +72,21 @@ def _period(bits: int) -> int:
 def _pack_across_bytes(values: torch.Tensor, bits: int) -> torch.Tensor:
     period = _period(bits)
     nbytes = period * bits // 8
-    chunks = values.reshape(values.shape[0], -1, period).to(torch.int64)
+    rows, chunked = values.shape[0], values.shape[1] // period
+    chunks = values.reshape(rows, chunked, period).to(torch.int64)
     shifts = torch.arange(period, device=values.device) * bits
     joined = (chunks << shifts).sum(dim=-1)
     places = torch.arange(nbytes, device=values.device) * 8
-    return ((joined[:, :, None] >> places) & 255).to(torch.uint8).reshape(values.shape[0], -1)
+    return ((joined[:, :, None] >> places) & 255).to(torch.uint8).reshape(rows, chunked * nbytes)
 
 
 def _unpack_across_bytes(raw: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     period = _period(bits)
     nbytes = period * bits // 8
     raw = torch.nn.functional.pad(raw, (0, -raw.shape[1] % nbytes))
-    chunks = raw.reshape(raw.shape[0], -1, nbytes).to(torch.int64)
+    rows, chunked = raw.shape[0], raw.shape[1] // nbytes
+    chunks = raw.reshape(rows, chunked, nbytes).to(torch.int64)
     joined = (chunks << (torch.arange(nbytes, device=raw.device) * 8)).sum(dim=-1)
     shifts = torch.arange(period, device=raw.device) * bits
     values = (joined[:, :, None] >> shifts) & (2**bits - 1)
-    return values.to(torch.uint8).reshape(raw.shape[0], -1)[:, :columns].contiguous()
+    return values.to(torch.uint8).reshape(rows, chunked * period)[:, :columns].contiguous()

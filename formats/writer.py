@@ -67,10 +67,11 @@ class CheckpointWriter:
         """
         self.out, self.partial = Path(out), partial_path(Path(out))
         self.layout = layout
-        if self.partial.exists() and not resume:
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self.partial / "journal.jsonl", key, resume)
+        with disk_errors(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self.journal = Journal(self.partial / "journal.jsonl", key, resume)
+            if not resume:  # only now, under the lock: the files may be those of a run that is still going
+                self._clear()
         self._lock = threading.Lock()
         self._flushed = time.monotonic()
         self._place: dict[str, tuple[int, int]] = {}  # name -> (file descriptor, offset)
@@ -80,6 +81,13 @@ class CheckpointWriter:
         except BaseException:
             self.abort(keep=resume)
             raise
+
+    def _clear(self) -> None:
+        for path in self.partial.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != self.journal.path:
+                path.unlink()
 
     def _write_headers(self, shards: list[Layout]) -> None:
         names = shard_names(len(shards))
@@ -186,9 +194,11 @@ class CheckpointWriter:
 
     def abort(self, keep: bool) -> None:
         """Stop without a result. `keep` leaves the partial folder for --resume."""
-        if keep:
-            self.flush()
-        self._close()
+        try:
+            if keep:
+                self.flush()
+        finally:
+            self._close()
         if not keep:
             shutil.rmtree(self.partial, ignore_errors=True)
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import torch
 from tersor.kernels.dispatch import backend, check, tl, triton
-from tersor.kernels.group_range import row_chunks
+from tersor.kernels.group_range import on_grid, row_chunks, same_strides, whole_groups
 from torch import Tensor
 
 
 def reference_dequantize(codes, scale, zero_point, group_size, dtype):
-    """The definition."""
+    """The definition; `scale` and `zero_point` are `[out, G]`."""
     index = torch.arange(codes.shape[1], device=codes.device) // group_size
     zero_point = 0 if zero_point is None else zero_point.float()[:, index]
     return ((codes.float() - zero_point) * scale.float()[:, index]).to(dtype)
 
 
 def reference_unpack(packed, bits, columns):
-    """Signed codes int8 `[out, columns]` of a bit stream `[out, words]`."""
+    """The definition: signed codes int8 `[out, columns]` of a bit stream int32 `[out, words]`."""
     shifts = torch.arange(32 // bits, device=packed.device) * bits
     unsigned = (packed[..., None] >> shifts) & (2**bits - 1)
     return (unsigned.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
@@ -38,34 +38,35 @@ def _dequantize_kernel(
     scale_row_stride,
     scale_column_stride,
     BITS: tl.constexpr,
-    PACKED: tl.constexpr,
+    PER_WORD: tl.constexpr,
+    WHOLE_WORDS: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
 ):
+    """One program: `BLOCK_WORDS` words of a row, each of `PER_WORD` codes (1: an int8). `WHOLE_WORDS`: no word holds
+    codes of two groups, so that one load of the scale serves a word."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    if PACKED:
-        PER_WORD: tl.constexpr = 32 // BITS
-        word = tl.load(codes_ptr + row * codes_row_stride + column // PER_WORD, mask=inside, other=0)
-        code = ((word >> (column % PER_WORD * BITS)) & (2**BITS - 1)) - 2 ** (BITS - 1)
-    else:
-        code = tl.load(codes_ptr + row * codes_row_stride + column, mask=inside, other=0)
+    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[:, None]
+    slot = tl.arange(0, PER_WORD)[None, :]
+    column = word * PER_WORD + slot
+    code = tl.load(codes_ptr + row * codes_row_stride + word, mask=word * PER_WORD < columns, other=0)
+    if PER_WORD > 1:
+        code = ((code >> (slot * BITS)) & (2**BITS - 1)) - 2 ** (BITS - 1)
     value = code.to(tl.float32)
-    at = row * scale_row_stride + (column // group_size) * scale_column_stride
+    first = word * PER_WORD if WHOLE_WORDS else column
+    at = row * scale_row_stride + (first // group_size) * scale_column_stride
     if HAS_ZERO_POINT:
-        value -= tl.load(zero_point_ptr + at, mask=inside, other=0).to(tl.float32)
-    value *= tl.load(scale_ptr + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out_ptr + row * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+        value -= tl.load(zero_point_ptr + at, mask=first < columns, other=0).to(tl.float32)
+    value *= tl.load(scale_ptr + at, mask=first < columns, other=0).to(tl.float32)
+    tl.store(out_ptr + row * columns + column, value.to(out_ptr.dtype.element_ty), mask=column < columns)
 
 
-def _launch(codes, scale, zero_point, bits, packed, group_size, shape, dtype):
+def _dequantize_triton(codes, scale, zero_point, bits, per_word, group_size, shape, dtype):
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
-    if zero_point is not None and zero_point.stride() != scale.stride():
-        scale, zero_point = scale.contiguous(), zero_point.contiguous()
-    block = min(1024, triton.next_power_of_2(shape[1]))
-    _dequantize_kernel[(shape[0], triton.cdiv(shape[1], block))](
+    scale, zero_point = same_strides(scale, zero_point)
+    block_words = min(1024 // per_word, triton.next_power_of_2(codes.shape[1]))
+    _dequantize_kernel[(shape[0], triton.cdiv(codes.shape[1], block_words))](
         codes,
         scale,
         scale if zero_point is None else zero_point,
@@ -75,26 +76,15 @@ def _launch(codes, scale, zero_point, bits, packed, group_size, shape, dtype):
         codes.stride(0),
         *scale.stride(),
         BITS=bits,
-        PACKED=packed,
+        PER_WORD=per_word,
+        WHOLE_WORDS=group_size % per_word == 0,
         HAS_ZERO_POINT=zero_point is not None,
-        BLOCK=block,
+        BLOCK_WORDS=block_words,
     )
     return out
 
 
-def _on_grid(scale, zero_point, rows, columns, group_size):
-    """Group size and `[rows, G]` views of scale and zero point."""
-    size = columns if group_size is None else group_size
-    check(size > 0 and columns % size == 0, f"{columns} columns are not divisible by group_size {size}")
-    grid = (rows, columns // size)
-    check(
-        scale.ndim <= 2 and all(a in (1, b) for a, b in zip(scale.shape[::-1], grid[::-1], strict=False)),
-        f"scale {tuple(scale.shape)} does not fit {list(grid)}",
-    )
-    return size, scale.expand(grid), None if zero_point is None else zero_point.expand(grid)
-
-
-def _chunk(codes, scale, zero_point, size, out):
+def _dequantize_chunk(codes, scale, zero_point, size, out):
     """Dequantize some rows: `codes` float32 `[n, in]` is overwritten, the result goes into `out`."""
     grouped = codes.unflatten(1, (-1, size))
     if zero_point is not None:
@@ -110,16 +100,19 @@ def dequantize(
 
     `scale` and `zero_point` are `[out, G]` or broadcast to it. Raises ValueError when shapes disagree.
     """
-    size, scale, zero_point = _on_grid(scale, zero_point, *codes.shape, group_size)
+    check(codes.ndim == 2, f"codes must be [out, in], not {tuple(codes.shape)}")
+    rows, columns = codes.shape
+    size = whole_groups(columns, group_size)
+    scale, zero_point = on_grid(scale, zero_point, rows, columns // size)
     kind = backend(codes)
     if kind == "reference":
         return reference_dequantize(codes, scale, zero_point, size, dtype)
     if kind == "triton":
-        return _launch(codes, scale, zero_point, 8, False, size, codes.shape, dtype)
+        return _dequantize_triton(codes, scale, zero_point, 8, 1, size, codes.shape, dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for first, last in row_chunks(*codes.shape):
+    for first, last in row_chunks(rows, columns):
         zeros = None if zero_point is None else zero_point[first:last]
-        _chunk(codes[first:last].float(), scale[first:last], zeros, size, out[first:last])
+        _dequantize_chunk(codes[first:last].float(), scale[first:last], zeros, size, out[first:last])
     return out
 
 
@@ -142,12 +135,13 @@ def dequantize_packed(
         packed.dtype == torch.int32 and packed.shape == (rows, -(-columns * bits // 32)),
         f"packed {tuple(packed.shape)} {packed.dtype} does not hold [{rows}, {columns}] codes of {bits} bits",
     )
-    size, scale, zero_point = _on_grid(scale, zero_point, rows, columns, group_size)
+    size = whole_groups(columns, group_size)
+    scale, zero_point = on_grid(scale, zero_point, rows, columns // size)
     kind = backend(packed)
     if kind == "reference":
         return reference_dequantize(reference_unpack(packed, bits, columns), scale, zero_point, size, dtype)
     if kind == "triton":
-        return _launch(packed, scale, zero_point, bits, True, size, (rows, columns), dtype)
+        return _dequantize_triton(packed, scale, zero_point, bits, 32 // bits, size, shape, dtype)
     per_byte = 8 // bits
     stream = packed.contiguous().view(torch.uint8)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
@@ -158,5 +152,5 @@ def dequantize_packed(
             values[..., i] = (part >> (i * bits)) & (2**bits - 1)
         codes = values.flatten(1)[:, :columns].sub_(2 ** (bits - 1))
         zeros = None if zero_point is None else zero_point[first:last]
-        _chunk(codes, scale[first:last], zeros, size, out[first:last])
+        _dequantize_chunk(codes, scale[first:last], zeros, size, out[first:last])
     return out

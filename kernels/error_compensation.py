@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
-from tersor.kernels.error_compensation_cpu import ROWS, Workspace, fix_columns
+from tersor.kernels.error_compensation_cpu import fix_columns
 from torch import Tensor
 
 BLOCK = 128
@@ -173,33 +173,20 @@ def _block_triton(work, factor, scale, zero_point, group_index, keep, bits, code
     )
 
 
-def _fix_columns(kind, work, factor, scale, zero_point, group_index, keep, bits, codes, error, spaces):
+def _fix_columns(kind, work, factor, scale, zero_point, group_index, keep, bits, codes, error):
     """Fix the columns of `work` `[B, rows]` in place; `codes` and `error` are `[B, rows]`, `scale` `[rows, G]`, `keep`
-    `[rows, B]`.
-
-    `spaces` keeps the CPU path's buffers from block to block, by number of rows.
-    """
+    `[rows, B]`."""
     if kind == "triton":
         _block_triton(work, factor, scale, zero_point, group_index, keep, bits, codes, error)
-        return
-    if kind == "reference":
+    elif kind == "reference":
         expanded = [None if t is None else t[:, group_index] for t in (scale, zero_point)]
         new_codes, quantized, new_error = reference_compensate_block(work.t(), factor, *expanded, bits, keep)
         work.copy_(quantized.t())
         error.copy_(new_error.t())
         if codes is not None:
             codes.copy_(new_codes.t())
-        return
-    columns, rows = work.shape
-    for first in range(0, rows, ROWS):
-        part = slice(first, min(first + ROWS, rows))
-        width = part.stop - first
-        if width not in spaces or spaces[width].pair.shape[0] < columns:
-            spaces[width] = Workspace(columns, width, work.device)
-        by_row = [None if t is None else t[part] for t in (scale, zero_point)]
-        kept = None if keep is None else keep[part]
-        chosen = None if codes is None else codes[:, part]
-        fix_columns(work[:, part], factor, *by_row, group_index, kept, bits, chosen, error[:, part], spaces[width])
+    else:
+        fix_columns(work, factor, scale, zero_point, group_index, keep, bits, codes, error)
 
 
 def compensate_block(weight, factor, scale=None, zero_point=None, bits=4, keep=None):
@@ -218,7 +205,7 @@ def compensate_block(weight, factor, scale=None, zero_point=None, bits=4, keep=N
     codes = None if scale is None else torch.empty(work.shape, dtype=torch.int8, device=work.device)
     error = torch.empty_like(work)
     index = torch.arange(weight.shape[1], device=weight.device)
-    _fix_columns(kind, work, factor.float().contiguous(), scale, zero_point, index, keep, bits, codes, error, {})
+    _fix_columns(kind, work, factor.float().contiguous(), scale, zero_point, index, keep, bits, codes, error)
     codes = None if codes is None else _transposed_copy(codes, torch.int8)
     return codes, _transposed_copy(work), _transposed_copy(error)
 
@@ -263,13 +250,12 @@ def compensate(
     codes = None if scale is None else torch.empty(work.shape, dtype=torch.int8, device=work.device)
     error = torch.empty(min(block_size, columns), rows, device=work.device)
     loss = torch.zeros((), dtype=torch.float64, device=work.device)
-    spaces: dict[int, Workspace] = {}
     every = prepare_every or block_size
-    cuts = _cuts(columns, block_size, every if prepare else None, group_index if kind == "torch" else None)
     prepared, prepared_at = None, 0
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        pieces = [c for c in cuts if start <= c < stop] + [stop]
+        step = every if prepare is not None else block_size
+        pieces = [start, *(first for first in range(start + 1, stop) if first % step == 0), stop]
         for first, last in pairwise(pieces):
             if prepare is not None and first % every == 0:
                 end = min(first + every, columns)
@@ -290,7 +276,6 @@ def compensate(
                 bits,
                 None if codes is None else codes[first:last],
                 part,
-                spaces,
             )
             if last < stop:
                 work[last:stop].addmm_(factor[first:last, last:stop].t(), part, alpha=-1)
@@ -298,19 +283,6 @@ def compensate(
         if stop < columns:
             work[stop:].addmm_(factor[start:stop, stop:].t(), error[: stop - start], alpha=-1)
     return Compensated(None if codes is None else _transposed_copy(codes, torch.int8), _transposed_copy(work), loss)
-
-
-def _cuts(columns, block_size, every, group_index):
-    """Columns where a piece begins: blocks, calls of `prepare`, and, where groups are runs of 32 columns or more,
-    groups (the CPU path is fastest inside one group)."""
-    cuts = set(range(0, columns, block_size))
-    if every:
-        cuts |= set(range(0, columns, every))
-    if group_index is not None:
-        changes = (1 + (group_index[1:] != group_index[:-1]).nonzero().flatten()).tolist()
-        if len(changes) <= columns // 32:
-            cuts |= set(changes)
-    return sorted(cuts)
 
 
 def _transposed_copy(matrix, dtype=torch.float32):

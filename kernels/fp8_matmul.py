@@ -80,11 +80,14 @@ def _quantize_fp8_kernel(
 
 
 def quantize_fp8(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Dynamic E4M3FN quantization of `x` `[M, K]`: codes `[M, K]`, scale float32 `[M, ceil(K / group_size)]`.
+    """Dynamic E4M3FN quantization of `x` `[M, K]` (float32, bfloat16, float16): codes `[M, K]`, scale float32 `[M,
+    ceil(K / group_size)]`.
 
-    `group_size=None`: one scale per token, `[M, 1]`; 128: what block-wise weights are multiplied with.
+    `group_size=None`: one scale per token, `[M, 1]`; 128: what block-wise weights are multiplied with. Raises
+    ValueError for a matrix without columns.
     """
-    check(x.ndim == 2, f"x must be [M, K], not {tuple(x.shape)}")
+    check(x.ndim == 2 and x.shape[1] > 0, f"x must be [M, K] with columns, not {tuple(x.shape)}")
+    check(group_size is None or group_size > 0, f"group_size must be positive, not {group_size}")
     if backend(x) != "triton":
         return reference_quantize_fp8(x, group_size)
     tokens, columns = x.shape
@@ -179,6 +182,12 @@ def _fp8_matmul_kernel(
     tl.store(out_ptr + at, accumulator.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
+def launch_options(tokens: int) -> dict[str, int]:
+    """Tile and warps that fit the shared memory of every supported GPU (64 KiB on gfx942)."""
+    block_m, block_n = (16, 64) if tokens <= 16 else (64, 128)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": BLOCK, "num_warps": 4, "num_stages": 3}
+
+
 def native_e4m3(device: torch.device) -> bool:
     """Whether the GPU multiplies E4M3FN itself: NVIDIA from sm_89 on. CDNA3's 8-bit floats are the FNUZ kind."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -193,7 +202,8 @@ def fp8_matmul(
     `[ceil(N / 128), ceil(K / 128)]` (blocks of 128 x 128). Raises ValueError when shapes or dtypes disagree.
     """
     check(x.dtype == weight.dtype == torch.float8_e4m3fn, f"operands are {x.dtype} and {weight.dtype}, not E4M3FN")
-    check(x.shape[1] == weight.shape[1], f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not multiply")
+    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1]
+    check(fits, f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not multiply")
     (tokens, columns), rows = x.shape, weight.shape[0]
     if weight_scale.numel() == 1 and x_scale.shape == (tokens, 1):
         weight_scale = weight_scale.reshape(1, 1).expand(rows, 1)
@@ -214,8 +224,8 @@ def fp8_matmul(
     x_scale = x_scale.float().contiguous()
     weight_scale = weight_scale if channelwise else weight_scale.contiguous()
     out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
-    block_m, block_n = (16, 64) if tokens <= 16 else (64, 128)
-    _fp8_matmul_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(rows, block_n))](
+    options = launch_options(tokens)
+    _fp8_matmul_kernel[(triton.cdiv(tokens, options["BLOCK_M"]), triton.cdiv(rows, options["BLOCK_N"]))](
         x,
         weight,
         x_scale,
@@ -230,10 +240,6 @@ def fp8_matmul(
         weight_scale.stride(0),
         NATIVE=native,
         BLOCKWISE=blockwise,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=128,
-        num_warps=4,
-        num_stages=3,
+        **options,
     )
     return out

@@ -11,18 +11,19 @@ from __future__ import annotations
 import torch
 from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
 from tersor.kernels.group_range import (
+    TILE,
     WIDEST,
     check_group_size,
     minmax_scale,
+    on_grid,
+    reference_minmax_scale,
     round_half_even,
     row_chunks,
+    same_strides,
     scale_of,
     storage_code,
 )
-from tersor.kernels.search_clip import search_clip
 from torch import Tensor
-
-__all__ = ["group_quantize", "minmax_scale", "quantize_and_pack", "search_clip"]
 
 # ---------------------------------------------------------------- codes for given scales
 
@@ -84,12 +85,7 @@ def group_quantize(
     rows, columns = weight.shape
     low, high = integer_range(bits)
     groups = columns // size
-    check(
-        scale.ndim <= 2 and all(a in (1, b) for a, b in zip(scale.shape[::-1], (groups, rows), strict=False)),
-        f"scale {tuple(scale.shape)} does not fit [{rows}, {groups}]",
-    )
-    scale = scale.expand(rows, groups)
-    zero_point = None if zero_point is None else zero_point.expand(rows, groups)
+    scale, zero_point = on_grid(scale, zero_point, rows, groups)
     if out is None:
         out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     check(out.shape == weight.shape and out.dtype == torch.int8, "out must be int8 of the weight's shape")
@@ -99,8 +95,7 @@ def group_quantize(
     if kind == "triton":
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         target = out if out.stride(1) == 1 else torch.empty_like(weight, dtype=torch.int8)
-        if zero_point is not None and zero_point.stride() != scale.stride():
-            scale, zero_point = scale.contiguous(), zero_point.contiguous()
+        scale, zero_point = same_strides(scale, zero_point)
         block = min(1024, triton.next_power_of_2(columns))
         _group_quantize_kernel[(rows, triton.cdiv(columns, block))](
             weight,
@@ -148,7 +143,7 @@ def _pack(codes, bits):
 
 def reference_quantize_and_pack(weight, bits, group_size, symmetric, scale_dtype):
     """The definition, one step after the other."""
-    scale, zero_point = minmax_scale(weight, bits, group_size, symmetric, scale_dtype)
+    scale, zero_point = reference_minmax_scale(weight, bits, group_size, symmetric, scale_dtype)
     codes = reference_group_quantize(weight, scale, zero_point, bits, group_size).int() + (1 << (bits - 1))
     per_word = 32 // bits
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word)).long()
@@ -162,33 +157,38 @@ def _quantize_and_pack_kernel(
     packed_ptr,
     scale_ptr,
     zero_point_ptr,
+    n,
     group_size,
-    groups,
     EPS: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     DTYPE: tl.constexpr,
-    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
 ):
-    """One program quantizes one group of a contiguous weight and packs it into `group_size * BITS / 32` words."""
+    """One program reads `BLOCK_N` of the `n` groups of a contiguous weight once and packs each into `group_size * BITS
+    / 32` words."""
     PER_WORD: tl.constexpr = 32 // BITS
     LOWEST: tl.constexpr = -(2 ** (BITS - 1))
-    group = tl.program_id(0).to(tl.int64)
-    word = tl.arange(0, WORDS)
-    slot = tl.arange(0, PER_WORD)
-    column = word[:, None] * PER_WORD + slot[None, :]
-    w = tl.load(weight_ptr + group * group_size + column, mask=column < group_size, other=0.0).to(tl.float32)
-    low = tl.minimum(tl.min(tl.min(w, axis=1), axis=0), 0.0)
-    high = tl.maximum(tl.max(tl.max(w, axis=1), axis=0), 0.0)
+    item = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    word = tl.arange(0, BLOCK_WORDS)
+    slot = tl.arange(0, PER_WORD)[None, None, :]
+    column = word[None, :, None] * PER_WORD + slot
+    inside = (item < n)[:, None, None] & (column < group_size)
+    at = item[:, None, None] * group_size + column
+    w = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    low = tl.minimum(tl.min(tl.min(w, axis=2), axis=1), 0.0)
+    high = tl.maximum(tl.max(tl.max(w, axis=2), axis=1), 0.0)
     scale, zero_point = scale_of(low, high, 1.0, EPS, BITS, SYMMETRIC, DTYPE)
-    code = tl.div_rn(w, scale + w * 0) + zero_point
+    code = tl.div_rn(w, scale[:, None, None] + w * 0) + zero_point[:, None, None]
     code = round_half_even(tl.minimum(tl.maximum(code, LOWEST), -1 - LOWEST))
-    packed = tl.sum((code.to(tl.int32) - LOWEST) << (slot * BITS)[None, :], axis=1)
+    packed = tl.sum((code.to(tl.int32) - LOWEST) << (slot * BITS), axis=2)
     words = group_size // PER_WORD
-    tl.store(packed_ptr + group * words + word, packed, mask=word < words)
-    tl.store(scale_ptr + group, scale)
+    in_words = (item < n)[:, None] & (word < words)[None, :]
+    tl.store(packed_ptr + item[:, None] * words + word[None, :], packed, mask=in_words)
+    tl.store(scale_ptr + item, scale, mask=item < n)
     if not SYMMETRIC:
-        tl.store(zero_point_ptr + group, zero_point.to(tl.int8))
+        tl.store(zero_point_ptr + item, zero_point.to(tl.int8), mask=item < n)
 
 
 def quantize_and_pack(
@@ -197,8 +197,8 @@ def quantize_and_pack(
     """Min-max quantization of `weight` `[out, in]` to 2, 4 or 8 bits, packed.
 
     Returns `packed` int32 `[out, ceil(in * bits / 32)]` (unsigned codes, low bits first), `scale` `[out, G]` in
-    `scale_dtype`, and `zero_point` int8 `[out, G]` (None when symmetric). Raises ValueError for other bits and shapes
-    that do not divide."""
+    `scale_dtype`, and `zero_point` int8 `[out, G]` (None when symmetric): `minmax_scale` and `group_quantize` in one
+    pass. Raises ValueError for other bits and groups that do not fill a row."""
     check(bits in (2, 4, 8), f"packing takes 2, 4 or 8 bits, not {bits}")
     size = check_group_size(weight, group_size)
     kind = backend(weight)
@@ -210,19 +210,21 @@ def quantize_and_pack(
         packed = torch.empty(rows, columns // per_word, dtype=torch.int32, device=weight.device)
         scale = torch.empty(rows, columns // size, device=weight.device)
         zero_point = None if symmetric else torch.empty(scale.shape, dtype=torch.int8, device=weight.device)
-        _quantize_and_pack_kernel[(scale.numel(),)](
+        block_words = triton.next_power_of_2(size // per_word)
+        block_n = max(1, TILE // (block_words * per_word))
+        _quantize_and_pack_kernel[(triton.cdiv(scale.numel(), block_n),)](
             weight.contiguous(),
             packed,
             scale,
             scale if symmetric else zero_point,
+            scale.numel(),
             size,
-            columns // size,
             EPS=torch.finfo(scale_dtype).eps,
             BITS=bits,
             SYMMETRIC=symmetric,
             DTYPE=storage_code(scale_dtype),
-            WORDS=triton.next_power_of_2(size // per_word),
-            num_warps=1 if size <= 256 else 4,
+            BLOCK_N=block_n,
+            BLOCK_WORDS=block_words,
         )
         return packed, scale.to(scale_dtype), zero_point
     scale, zero_point = minmax_scale(weight, bits, group_size, symmetric, scale_dtype)

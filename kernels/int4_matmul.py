@@ -11,7 +11,7 @@ from tersor.kernels.dequantize import dequantize_packed, reference_dequantize, r
 from tersor.kernels.dispatch import backend, check, dot_dtype, tl, triton
 from torch import Tensor
 
-_DECODE = 16  # up to this many tokens the weights' bytes are the cost: split K until the GPU is full
+DECODE = 16  # up to this many tokens the weights' bytes are the cost: split K until the GPU is full
 
 
 def reference_int4_matmul(x, packed, scale, zero_point=None):
@@ -73,6 +73,18 @@ def _int4_matmul_kernel(
     tl.store(out, accumulator.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & in_n[None, :])
 
 
+def launch_options(tokens: int, groups: int, group_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile and warps that fit the shared memory of every supported GPU (64 KiB on gfx942), at 2 or 4 bytes per
+    operand."""
+    block_k = 128 if groups == 1 else next(b for b in (128, 64, 32) if group_size % b == 0)
+    if dtype == torch.float32:
+        m = 16 if tokens <= DECODE else 32
+        return {"BLOCK_M": m, "BLOCK_N": 64, "BLOCK_K": min(64, block_k), "num_warps": 4, "num_stages": 2}
+    if tokens <= DECODE:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
+
+
 def _splits(tiles, blocks, device):
     """Number of slices of K that fills the GPU with `tiles` output tiles, each slice at least 4 blocks long."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -83,11 +95,12 @@ def int4_matmul(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
     """`[M, N]` in the dtype of `x` `[M, K]` (bfloat16, float16, float32), accumulated in float32.
 
     `packed` int32 `[N, ceil(K / 8)]`, `scale` `[N, G]`, `zero_point` int8 `[N, G]` or None. Groups have `K / G`
-    columns: a multiple of 32, or anything when G is 1. Few tokens are summed from slices of K in a fixed order:
+    columns: a multiple of 32, or anything when G is 1. K is not 0. Few tokens are summed from slices of K in a fixed order:
     results do not vary from run to run. Raises ValueError when shapes disagree."""
     check(x.ndim == 2 and packed.ndim == 2 and scale.ndim == 2, "x, packed and scale must be matrices")
     (tokens, columns), (rows, groups) = x.shape, scale.shape
     check(packed.dtype == torch.int32, f"packed must be int32, not {packed.dtype}")
+    check(columns > 0 and groups > 0, f"x {tuple(x.shape)} and scale {tuple(scale.shape)} have no columns")
     check(
         packed.shape == (rows, -(-columns // 8)),
         f"packed {tuple(packed.shape)} does not hold [{rows}, {columns}] codes",
@@ -101,15 +114,14 @@ def int4_matmul(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
     if kind == "torch":
         weight = dequantize_packed(packed, scale, zero_point, 4, size, (rows, columns), torch.float32)
         return (x.float() @ weight.t()).to(x.dtype)
-    x, packed = x.contiguous(), packed.contiguous()
-    scale = scale.contiguous()
+    if tokens == 0 or rows == 0:
+        return torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    x, packed, scale = x.contiguous(), packed.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
-    block_k = 128 if groups == 1 else next(b for b in (128, 64, 32) if size % b == 0)
-    decode = tokens <= _DECODE
-    block_m, block_n = (16, 64) if decode else (64, 128)
-    grid = (triton.cdiv(tokens, block_m), triton.cdiv(rows, block_n))
-    blocks = triton.cdiv(columns, block_k)
-    splits = _splits(grid[0] * grid[1], blocks, x.device) if decode else 1
+    options = launch_options(tokens, groups, size, x.dtype)
+    grid = (triton.cdiv(tokens, options["BLOCK_M"]), triton.cdiv(rows, options["BLOCK_N"]))
+    blocks = triton.cdiv(columns, options["BLOCK_K"])
+    splits = _splits(grid[0] * grid[1], blocks, x.device) if tokens <= DECODE else 1
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
     out = torch.empty(splits, tokens, rows, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
@@ -130,10 +142,6 @@ def int4_matmul(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
         per_split,
         HAS_ZERO_POINT=zero_point is not None,
         DOT=dot_dtype(x.dtype),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4 if decode else 8,
-        num_stages=4 if decode else 3,
+        **options,
     )
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)

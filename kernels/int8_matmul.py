@@ -3,16 +3,20 @@ accumulation."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from tersor.kernels.dispatch import backend, check, tl, triton
 from tersor.kernels.group_range import round_half_even
 from torch import Tensor
 
 _EXACT = 1024  # longest sum of int8 products that float32 holds exactly: 1024 * 128 * 128 = 2^24
+LONGEST = 131072  # a sum of this many could overflow int32: 131072 * 128 * 128 = 2^31
 
 
 def reference_quantize_tokens(x):
-    """The definition: scale `max|x| * 2 / 255` of each row (1e-7 at least), codes rounded half to even."""
+    """The definition: scale `max|x| * 2 / 255` of each row (1e-7 at least), codes rounded half to even; the dynamic
+    quantization of compressed-tensors."""
     x = x.float()
     scale = (x.abs().amax(1, keepdim=True) * 2 / 255).clamp(min=1e-7)
     return (x / scale).round().clamp(-128, 127).to(torch.int8), scale
@@ -36,8 +40,9 @@ def _quantize_tokens_kernel(x_ptr, codes_ptr, scale_ptr, K, x_row_stride, BLOCK:
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dynamic symmetric int8 quantization of `x` `[M, K]`: codes int8 `[M, K]`, scale float32 `[M, 1]`."""
-    check(x.ndim == 2, f"x must be [M, K], not {tuple(x.shape)}")
+    """Dynamic symmetric int8 quantization of `x` `[M, K]` (float32, bfloat16, float16): codes int8 `[M, K]`, scale
+    float32 `[M, 1]`. Raises ValueError for a matrix without columns."""
+    check(x.ndim == 2 and x.shape[1] > 0, f"x must be [M, K] with columns, not {tuple(x.shape)}")
     if backend(x) != "triton":
         return reference_quantize_tokens(x)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -87,6 +92,29 @@ def _int8_matmul_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether torch's int8 product is: without VNNI instructions it may add pairs of products in 16 bits."""
+    low, high = torch.full((32, 64), -128, dtype=torch.int8), torch.full((32, 64), 127, dtype=torch.int8)
+    pairs = ((low, low), (low, high), (high, high))
+    return all(torch.equal(torch._int_mm(a, b.t()), _int_mm_in_pieces(a, b)) for a, b in pairs)
+
+
+def _int_mm_in_pieces(x, weight):
+    """`x @ W^T` in int32, in float32 products short enough to be exact."""
+    total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
+    for k in range(0, x.shape[1], _EXACT):
+        total += (x[:, k : k + _EXACT].float() @ weight[:, k : k + _EXACT].float().t()).int()
+    return total
+
+
+def launch_options(tokens: int) -> dict[str, int]:
+    """Tile and warps that fit the shared memory of every supported GPU (64 KiB on gfx942)."""
+    if tokens <= 16:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+
+
 def int8_matmul(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
@@ -95,24 +123,24 @@ def int8_matmul(
     Sums are exact in int32 (K below 131072), then scaled in float32. Raises ValueError when shapes or dtypes disagree.
     """
     check(x.dtype == weight.dtype == torch.int8, f"operands must be int8, not {x.dtype} and {weight.dtype}")
-    check(
-        x.shape[1] == weight.shape[1] < 131072, f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not multiply"
-    )
+    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1]
+    check(fits, f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not multiply")
+    check(x.shape[1] < LONGEST, f"{x.shape[1]} columns may overflow int32: fewer than {LONGEST} are safe")
     (tokens, columns), rows = x.shape, weight.shape[0]
     check(x_scale.shape == (tokens, 1), f"x_scale must be [{tokens}, 1], not {tuple(x_scale.shape)}")
     check(weight_scale.shape == (rows, 1), f"weight_scale must be [{rows}, 1], not {tuple(weight_scale.shape)}")
     kind = backend(x)
     if kind == "reference":
         return reference_int8_matmul(x, weight, x_scale, weight_scale, dtype)
-    if kind == "torch":  # float32 products of short pieces are exact, and several times faster than integer ones
-        total = torch.zeros(tokens, rows, dtype=torch.int32, device=x.device)
-        for k in range(0, columns, _EXACT):
-            total += (x[:, k : k + _EXACT].float() @ weight[:, k : k + _EXACT].float().t()).int()
+    if kind == "torch":
+        total = (
+            torch._int_mm(x, weight.t()) if x.numel() and rows and _int_mm_is_exact() else _int_mm_in_pieces(x, weight)
+        )
         return (total.float() * x_scale * weight_scale.float().t()).to(dtype)
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
-    block_m, block_n = (16, 64) if tokens <= 16 else (128, 128)
-    _int8_matmul_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(rows, block_n))](
+    options = launch_options(tokens)
+    _int8_matmul_kernel[(triton.cdiv(tokens, options["BLOCK_M"]), triton.cdiv(rows, options["BLOCK_N"]))](
         x,
         weight,
         x_scale.float().contiguous(),
@@ -123,10 +151,6 @@ def int8_matmul(
         columns,
         x.stride(0),
         weight.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=128,
-        num_warps=4 if tokens <= 16 else 8,
-        num_stages=4 if tokens <= 16 else 3,
+        **options,
     )
     return out

@@ -7,10 +7,10 @@ all others more finely. For every group the ratio with the smallest `sum column_
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
 from tersor.kernels.group_range import (
-    CHUNK,
     WIDEST,
     check_group_size,
     minmax_scale,
@@ -19,14 +19,12 @@ from tersor.kernels.group_range import (
     scales_for,
     storage_code,
 )
+from tersor.kernels.loops import array, compiled, over_rows
 from torch import Tensor
 
 RATIOS = tuple(1 - 0.04 * i for i in range(16))
 
-_PANEL = 1024  # rows whose scales a CPU holds in float32 at a time
-_CHUNK = (
-    131072  # weights per torch call: few enough for the cache, enough that two threads rarely meet at Python's lock
-)
+_PANEL = 1 << 20  # weights that a CPU holds in float32 at a time, with the scales of all ratios
 
 
 def reference_search_clip(weight, bits, group_size, symmetric, scale_dtype, column_weight=None, ratios=RATIOS):
@@ -101,73 +99,67 @@ def _search_clip_kernel(
         tl.store(zero_point_ptr + item, best_zero_point.to(tl.int8), mask=item < n)
 
 
-def _coarse_to_fine(items, importance, bits, symmetric, scale_dtype, ratios):
-    """Best scale float32 and zero point `[A, N]` of `items` `[A, N, group_size]`, whose `importance` is `[A,
-    group_size]`.
-
-    Tries every fourth ratio, then the neighbours of the best at distance 2, then 1: 8 tries instead of 16, the first
-    ratio always among them. The error is close to unimodal in the ratio, so that the total stays within a percent of
-    the exhaustive search."""
-    low, high = _extremes(items)
-    ratio = torch.tensor(ratios, device=items.device)
-    last = len(ratios) - 1
-    steps = torch.tensor([-1, 1], device=items.device).view(2, 1, 1)
-
-    def errors(tries):
-        scale, shift = scales_for(low, high, ratio[tries], bits, symmetric, scale_dtype)
-        return _errors(items, importance, scale, shift, bits)
-
-    tries = torch.arange(0, len(ratios), 4, device=items.device).view(-1, 1, 1)
-    error, best = errors(tries).min(0, keepdim=True)
-    best *= 4
-    for step in (2, 1) if last else ():
-        tries = (best + steps * step).clamp_(0, last)
-        error, at = torch.cat((error, errors(tries))).min(0, keepdim=True)
-        best = torch.cat((best, tries)).gather(0, at)
-    return scales_for(low, high, ratio[best[0]], bits, symmetric, scale_dtype)
+@compiled
+def _extremes(weight, low, high, begin, end):
+    """Smallest value or zero, and largest value or zero, of the groups of rows `begin..end`: `low`, `high` `[rows, G]`."""
+    size = weight.shape[1] // low.shape[1]
+    for row in range(begin, end):
+        for group in range(low.shape[1]):
+            smallest = largest = np.float32(0)
+            for w in weight[row, group * size : (group + 1) * size]:
+                smallest, largest = min(w, smallest), max(w, largest)
+                if w != w:  # NaN is passed on: the caller finds it in the scale
+                    smallest = largest = w
+                    break
+            low[row, group], high[row, group] = smallest, largest
 
 
-def _extremes(items):
-    """Smallest value or zero, and largest value or zero, of `items` `[A, N, group_size]`: each `[A, N]`."""
-    low = torch.empty(items.shape[:2], device=items.device)
-    high = torch.empty_like(low)
-    step = max(1, CHUNK // items.shape[2])
-    for a in range(items.shape[0]):
-        for first in range(0, items.shape[1], step):
-            chunk = items[a, first : first + step].float()
-            torch.amin(chunk, 1, out=low[a, first : first + step])
-            torch.amax(chunk, 1, out=high[a, first : first + step])
-    return low.clamp_(max=0), high.clamp_(min=0)
+@compiled
+def _least_error(weight, scale, zero_point, importance, lowest, highest, best, begin, end):
+    """Index of the ratio with the least error for the groups of rows `begin..end`, into `best` `[rows, G]`.
 
-
-def _errors(items, importance, scale, shift, bits):
-    """Weighted squared errors `[T, A, N]` of `items` `[A, N, group_size]` under T scales and zero points `[T, A, N]`.
-
-    With t = w / scale + zero_point the error is `scale^2 |t - clamp(round(t))|^2`, one pass less than dequantizing.
+    `scale` and `zero_point` `[ratios, rows, G]`; `zero_point` and `importance` `[in]` may be empty. With t = w / scale +
+    zero_point the error is scale^2 (t - clamp(round(t)))^2.
     """
-    lowest, highest = integer_range(bits)
-    a_total, n_total, size = items.shape
-    n_step = min(n_total, max(1, _CHUNK // size))
-    a_step = min(a_total, max(1, _CHUNK // size // n_step))
-    buffers = torch.empty(3, a_step, n_step, size, device=items.device)
-    inverse = scale.reciprocal()[..., None]
-    shift = None if shift is None else shift[..., None]
-    result = torch.empty_like(scale)
-    for a in range(0, a_total, a_step):
-        for n in range(0, n_total, n_step):
-            at = slice(a, min(a + a_step, a_total)), slice(n, min(n + n_step, n_total))
-            weight, scaled, code = buffers[:, : at[0].stop - a, : at[1].stop - n].unbind(0)
-            weight.copy_(items[at])
-            for i in range(len(scale)):
-                torch.mul(weight, inverse[i][at], out=scaled)
-                if shift is not None:
-                    scaled.add_(shift[i][at])
-                torch.round(scaled, out=code)
-                code.clamp_(lowest, highest)
-                torch.ops.aten.mse_loss.out(scaled, code, 0, out=scaled)  # (scaled - code)^2 in one pass
-                for k in range(len(scaled)):
-                    torch.mv(scaled[k], importance[a + k], out=result[i, a + k, at[1]])
-    return result.mul_(scale.square_())
+    size = weight.shape[1] // best.shape[1]
+    for row in range(begin, end):
+        for group in range(best.shape[1]):
+            # Slices counted from 0: an index that might be negative keeps numba from making vector code.
+            values = weight[row, group * size : (group + 1) * size]
+            weights = importance[group * size : (group + 1) * size]
+            least = np.float32(np.inf)
+            for ratio in range(scale.shape[0]):
+                inverse = np.float32(1) / scale[ratio, row, group]
+                shift = zero_point[ratio, row, group] if len(zero_point) else np.float32(0)
+                error = np.float32(0)
+                if len(weights):
+                    for i in range(len(values)):
+                        t = values[i] * inverse + shift
+                        difference = t - min(max(np.rint(t), lowest), highest)
+                        error += difference * difference * weights[i]
+                else:
+                    for i in range(len(values)):
+                        t = values[i] * inverse + shift
+                        difference = t - min(max(np.rint(t), lowest), highest)
+                        error += difference * difference
+                error *= scale[ratio, row, group] ** 2
+                if error < least:
+                    least = error
+                    best[row, group] = ratio
+
+
+def _search(weight, bits, size, symmetric, scale_dtype, importance, ratios):
+    """Scale float32 and zero point float32 `[rows, G]` of a panel `[rows, in]`."""
+    rows, groups = weight.shape[0], weight.shape[1] // size
+    values = array(weight, torch.float32, 2)
+    low, high = torch.empty(2, rows, groups)
+    over_rows(lambda first, last: _extremes(values, low.numpy(), high.numpy(), first, last), rows)
+    scale, zero_point = scales_for(low, high, torch.tensor(ratios).view(-1, 1, 1), bits, symmetric, scale_dtype)
+    best = torch.zeros(rows, groups, dtype=torch.int64)
+    inputs = array(scale, torch.float32, 3), array(zero_point, torch.float32, 3), array(importance, torch.float32, 1)
+    lowest, highest = (np.float32(value) for value in integer_range(bits))
+    over_rows(lambda first, last: _least_error(values, *inputs, lowest, highest, best.numpy(), first, last), rows)
+    return [None if kind is None else kind.gather(0, best[None])[0] for kind in (scale, zero_point)]
 
 
 def search_clip(
@@ -182,7 +174,7 @@ def search_clip(
     """Scales `[out, G]` in `scale_dtype` and zero points int8 `[out, G]` (None when symmetric) of `weight` `[out, in]`.
 
     Every group's range is shrunk by one of `ratios` (descending from 1), the one with the smallest squared error
-    weighted by `column_weight` `[in]`. On a CPU the search is coarse to fine. Safe to call from several threads.
+    weighted by `column_weight` `[in]`. Safe to call from several threads.
     Raises ValueError when shapes disagree."""
     size = check_group_size(weight, group_size)
     check(column_weight is None or column_weight.shape == weight.shape[1:], "column_weight must be [in]")
@@ -218,15 +210,13 @@ def search_clip(
             BLOCK_COLUMNS=block_columns,
         )
         return scale.to(scale_dtype), zero_point
-    for first in range(0, rows, _PANEL):
-        panel = weight[first : first + _PANEL]
-        if importance is None:  # all groups are alike
-            items, vectors = panel.reshape(1, -1, size), torch.ones(1, size, device=weight.device)
-        else:  # groups of the same columns share a vector
-            items, vectors = panel.unflatten(1, (groups, size)).transpose(0, 1), importance.view(groups, size)
-        found = _coarse_to_fine(items, vectors, bits, symmetric, scale_dtype, ratios)
+    step = max(1, _PANEL // max(weight.shape[1], groups * len(ratios)))
+    for first in range(0, rows, step):
+        panel = weight[first : first + step].cpu()
+        found = _search(
+            panel, bits, size, symmetric, scale_dtype, None if importance is None else importance.cpu(), ratios
+        )
         for target, value in zip((scale, zero_point), found, strict=True):
             if value is not None:
-                value = value.view(-1, groups) if importance is None else value.t()
-                target[first : first + _PANEL] = value
+                target[first : first + step] = value
     return scale.to(scale_dtype), zero_point

@@ -26,6 +26,7 @@ oneshot(
     max_seq_length=len(windows[0]),
     num_calibration_samples=len(windows),
     shuffle_calibration_samples=False,
+    pipeline="sequential",
 )
 model.save_pretrained(out, save_compressed=True)
 AutoTokenizer.from_pretrained(model_path).save_pretrained(out)

@@ -21,6 +21,7 @@ from tersor.ops.model.copy import copy_tensor
 from tersor.ops.model.soundness import check_folder
 
 TARGETS = ("dense", "compressed-tensors", "gptq")
+OTHERWISE = "keep the encoding, or make it dense (tersor convert --to dense) and quantize again"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -48,6 +49,7 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
     view = DenseView(checkpoint)
     if not view.is_quantized:
         raise TersorError(f"{checkpoint.path}: is dense already", "quantize it with tersor quantize")
+    _check_target(view, checkpoint, request.to)
     layout = {name: _plan(view, entry, name, request) for name, entry in view.tensors.items()}
     key = {"version": __version__, "input": checkpoint.fingerprint(), **request.arguments()}
     report = Report.start("convert", request.arguments(), 0, "cpu", checkpoint, Report.history_of(checkpoint.path))
@@ -72,6 +74,18 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
     return report
 
 
+def _check_target(view: DenseView, checkpoint: Checkpoint, to: str) -> None:
+    """Raises TersorError when no reader would see the same weights in `to`, or nothing would change."""
+    entries = [entry for entry in view.tensors.values() if entry.scheme is not None]
+    if to == "dense":
+        return
+    if view.encoding is encodings.encoding(to) and not any(entry.scheme.gptq_v2 for entry in entries):
+        raise TersorError(f"{checkpoint.path}: is stored as {to} already", "there is nothing to convert")
+    conv1d = next((entry.module for entry in entries if entry.transposed), None)
+    if to == "compressed-tensors" and conv1d is not None:
+        raise TersorError(f"{conv1d}: is a Conv1D, which {to} loaders pass by; they know Linear only", OTHERWISE)
+
+
 def _dense_dtype(view: DenseView, entry: DenseTensor, request: Request) -> str:
     if request.dtype is not None and entry.dtype in FLOAT_DTYPES:
         return DTYPES[request.dtype]
@@ -86,7 +100,10 @@ def _plan(view: DenseView, entry: DenseTensor, name: str, request: Request) -> L
         return {name: (_dense_dtype(view, entry, request), entry.shape)}
     shape = entry.shape[::-1] if entry.transposed else entry.shape
     target = encodings.encoding(request.to)
-    target.check(entry.module, shape, entry.scheme)
+    try:
+        target.check(entry.module, shape, entry.scheme)
+    except TersorError as error:
+        raise TersorError(str(error), OTHERWISE) from error
     return target.layout(entry.module, shape, entry.scheme, _scale_dtype(view, entry, request.to))
 
 
@@ -105,40 +122,61 @@ def _write(view: DenseView, entry: DenseTensor, name: str, layout: Layout, reque
     if entry.scheme is None and layout[name][0] == entry.dtype:
         copy_tensor(view.checkpoint, name, writer)
     elif request.to == "dense" or entry.scheme is None:
-        writer.write(name, view.read(name).to(getattr(torch, TORCH_DTYPES[layout[name][0]])))
+        writer.write(name, _cast(name, view.read(name), layout[name][0]))
     else:
         quantized = view.codes(entry.module)
+        if quantized.group_index is not None:
+            raise TersorError(f"{entry.module}: its groups are not runs of columns (desc_act)", OTHERWISE)
+        if entry.scheme.symmetric and quantized.zero_point is not None:
+            raise TersorError(f"{entry.module}: has zero points, yet the config calls it symmetric", OTHERWISE)
         dtype = next(dtype for tensor, (dtype, _) in layout.items() if tensor.endswith(("scale", "scales")))
         scale = quantized.scale.to(getattr(torch, TORCH_DTYPES[dtype]))
         if not torch.equal(scale.float(), quantized.scale.float()):
             raise TersorError(
                 f"{entry.module}: scales in {SAFETENSORS_DTYPES[str(quantized.scale.dtype).removeprefix('torch.')]} do not fit "
                 f"{dtype} without rounding",
-                "go through dense and quantize again, or keep the encoding",
+                OTHERWISE,
             )
         same = QuantizedWeight(quantized.codes, scale, quantized.zero_point)
         for tensor, value in encodings.encoding(request.to).encode(entry.module, same, entry.scheme).items():
             writer.write(tensor, value)
 
 
+def _cast(name: str, weight: torch.Tensor, dtype: str) -> torch.Tensor:
+    """`weight` in `dtype`. Raises TersorError when a number is NaN or Inf, or becomes Inf there."""
+    result = weight.to(getattr(torch, TORCH_DTYPES[dtype]))
+    if bool(torch.isfinite(result).all()):
+        return result
+    if not bool(torch.isfinite(weight).all()):
+        raise TersorError(f"tensor {name!r} decodes to NaN or Inf", "the checkpoint is damaged: get a sound copy")
+    raise TersorError(
+        f"tensor {name!r} holds {float(weight.abs().max()):.4g}, which is too large for {dtype}",
+        "choose another --dtype, such as bfloat16",
+    )
+
+
 def _write_config(checkpoint: Checkpoint, view: DenseView, request: Request, writer: CheckpointWriter) -> None:
     if checkpoint.config is None:
         return
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = dict(checkpoint.config)
     if request.to != "dense":
         schemes = {entry.module: entry.scheme for entry in view.tensors.values() if entry.scheme is not None}
         from tersor.ops.model.selection import select
 
         selection = select(checkpoint)
-        ignore = [linear.module for linear in selection.linears.values()] + selection.dense_modules
+        dense = [*selection.dense_modules, *selection.tables, *(linear.module for linear in selection.linears.values())]
         settings = encodings.encoding(request.to).quantization_config(
-            schemes, [module for module in ignore if module not in schemes]
+            schemes, [module for module in dense if module not in schemes]
         )
         config["quantization_config"] = settings
         if request.to == "gptq":
             writer.add_json("quantize_config.json", settings)
-    elif request.dtype is not None:
-        config["dtype"] = request.dtype
+    else:
+        del config["quantization_config"]
+        if not config:
+            return  # what came from a bare file goes back to one
+        if request.dtype is not None:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = request.dtype
     writer.add_json("config.json", config)
 
 

@@ -47,7 +47,7 @@ def evaluate(request: Request, progress: Callable[[str, int, int], None] = lambd
     report = Report.start(
         "evaluate", request.arguments(), 0, str(device), checkpoint, Report.history_of(checkpoint.path)
     )
-    windows, targets = cut_targets(checkpoint.path, request)
+    windows, targets, stride = cut_targets(checkpoint.path, request)
     model = _run_blocks(checkpoint, windows, device, request.max_memory_bytes, progress, "blocks")
     other = None
     if request.compare is not None:
@@ -57,7 +57,7 @@ def evaluate(request: Request, progress: Callable[[str, int, int], None] = lambd
     report.quality = {
         "text": request.text or SHIPPED,
         "window_tokens": windows.shape[1],
-        "stride_tokens": request.stride or windows.shape[1],
+        "stride_tokens": stride,
         "windows": len(windows),
         **_score(model, other, targets, progress),
     }
@@ -67,6 +67,15 @@ def evaluate(request: Request, progress: Callable[[str, int, int], None] = lambd
     return report
 
 
+def require_report(folder: Path) -> None:
+    """Before the work: raises TersorError when `record` would find no report to add to."""
+    if not (folder / "report.json").is_file():
+        raise TersorError(
+            f"{folder}: has no report.json to record into", "leave --record out, or use --json to keep the result"
+        )
+    Report.load(folder)
+
+
 def record(report: Report, folder: Path) -> None:
     """Put the quality into the report that travels with the checkpoint."""
     own = Report.load(folder)
@@ -74,8 +83,8 @@ def record(report: Report, folder: Path) -> None:
     own.write(folder)
 
 
-def cut_targets(model: Path, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows `[n, seq_len]` and what is scored in them: `targets[:, t]` is the token after position t, or IGNORED.
+def cut_targets(model: Path, request: Request) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Windows `[n, seq_len]`, what is scored in them (`targets[:, t]`: the token after position t, or IGNORED), stride.
 
     Windows start every `stride` text tokens; a token that an earlier window has scored is context only.
     """
@@ -102,11 +111,28 @@ def cut_targets(model: Path, request: Request) -> tuple[torch.Tensor, torch.Tens
         targets[row, : max(first, 0)] = IGNORED
         if after:
             targets[row, -len(after) - 1 :] = IGNORED
-    return windows, targets
+    return windows, targets, stride
+
+
+def _require_head(skeleton: Skeleton, path: Path) -> None:
+    """Raises TersorError for a model that does not predict the next token, or whose head is not in the checkpoint."""
+    model = skeleton.model
+    head = model.get_output_embeddings() if model.can_generate() else None
+    if head is None:
+        raise TersorError(
+            f"{path}: a {type(model).__name__} does not predict the next token", "perplexity needs a causal language model"
+        )
+    name = next(name for name, module in model.named_modules() if module is head) + ".weight"
+    if name not in skeleton.by_parameter and head.weight is not model.get_input_embeddings().weight:
+        raise TersorError(
+            f"{path}: tensor {name!r} is missing, and config.json does not tie it to the embeddings",
+            "the checkpoint holds the body of a model only: add its head",
+        )
 
 
 def _run_blocks(checkpoint, windows, device, max_memory_bytes, progress, stage: str) -> BlockPass:
     skeleton = Skeleton(DenseView(checkpoint), device)
+    _require_head(skeleton, checkpoint.path)
     embeddings = skeleton.model.get_input_embeddings().weight.shape[0]
     if int(windows.max()) >= embeddings:
         raise TersorError(

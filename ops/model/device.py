@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from tersor.formats.errors import TersorError
+from tersor.ops.model.memory import keep_freed_memory
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first CUDA device if there is one. Raises TersorError for a device that is not there."""
+    keep_freed_memory()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -18,7 +18,7 @@ from tersor.formats.conv1d import is_transposed
 from tersor.formats.errors import TersorError
 from tersor.formats.header import FLOAT_DTYPES
 
-NOT_LINEAR = re.compile(r"embed|wte$|wpe$|norm|(^|[._])ln[._\d]|conv|rotary|position|relative|bias|shared_expert_gate$")
+NOT_LINEAR = re.compile(r"embed|wte$|wpe$|norm|(^|[._])ln[._\d]|conv|rotary|position|relative|bias")
 TOWERS = re.compile(r"(^|\.)(vision|visual|image|audio|speech)\w*\.")
 SMALLEST_SIDE = 16
 
@@ -48,6 +48,8 @@ class Selection:
     linears: dict[str, Linear] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     dense_modules: list[str] = field(default_factory=list)  # linear layers that stay as they are, tied heads included
+    # Not linear by their names. Names can lie (GPT-NeoX's head is `embed_out`), so whoever lists what is dense adds them.
+    tables: list[str] = field(default_factory=list)
 
 
 def tied_heads(checkpoint: Checkpoint) -> list[str]:
@@ -74,12 +76,17 @@ def select(checkpoint: Checkpoint, include: list[str] | None = None, exclude: li
     for name, info in checkpoint.tensors.items():
         if len(info.shape) < 2:
             continue
-        reason = _not_linear(name, info.shape, info.dtype)
+        reason = _not_linear(name, info.shape)
         named = any(pattern.search(name) for pattern in included)
+        module = name.removesuffix(".weight")
         if reason is None:
-            module, transposed = name.removesuffix(".weight"), is_transposed(checkpoint, name)
+            transposed = is_transposed(checkpoint, name)
             outside = not re.search(r"\.\d+\.", name)
-            if name in routers:
+            if info.dtype not in FLOAT_DTYPES:
+                reason = f"dtype {info.dtype} is not a plain float"
+            elif min(info.shape) < SMALLEST_SIDE:
+                reason = f"a side is shorter than {SMALLEST_SIDE}"
+            elif name in routers:
                 reason = "router: small, and its errors change which expert runs"
             elif outside and not named:
                 reason = "outside the repeated blocks"
@@ -94,8 +101,10 @@ def select(checkpoint: Checkpoint, include: list[str] | None = None, exclude: li
                 result.linears[name] = Linear(name, module, shape, info.dtype, transposed)
                 continue
             result.dense_modules.append(module)
+        elif name.endswith(".weight") and len(info.shape) == 2:
+            result.tables.append(module)
         result.reasons[name] = reason
-    result.dense_modules += [head for head in tied_heads(checkpoint) if f"{head}.weight" not in result.linears]
+    result.dense_modules += [head for head in tied_heads(checkpoint) if f"{head}.weight" not in checkpoint.tensors]
     for patterns, option in ((included, "--include"), (excluded, "--exclude")):
         for pattern in patterns:
             if not any(pattern.search(name) for name in checkpoint.tensors):
@@ -106,17 +115,13 @@ def select(checkpoint: Checkpoint, include: list[str] | None = None, exclude: li
     return result
 
 
-def _not_linear(name: str, shape: tuple[int, ...], dtype: str) -> str | None:
+def _not_linear(name: str, shape: tuple[int, ...]) -> str | None:
     if len(shape) > 2:
         return f"{len(shape)}-D tensor: only 2-D linear layers are handled"
     if not name.endswith(".weight"):
         return "not the weight of a linear layer"
-    if NOT_LINEAR.search(name.removesuffix(".weight").rsplit(".", 1)[-1]) or NOT_LINEAR.search(name.split(".")[-2]):
+    if NOT_LINEAR.search(name.removesuffix(".weight").rsplit(".", 1)[-1]):
         return "embedding, norm or convolution"
-    if dtype not in FLOAT_DTYPES:
-        return f"dtype {dtype} is not a plain float"
-    if min(shape) < SMALLEST_SIDE:
-        return f"a side is shorter than {SMALLEST_SIDE}"
     return None
 
 

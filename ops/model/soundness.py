@@ -13,12 +13,17 @@ from tersor.formats.writer import Layout
 from tersor.ops.model.selection import select
 
 SAMPLED_MODULES = 3
+HEAD = "lm_head.weight"
+INPUT_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 def check_folder(
     path: Path, expected: Layout | None = None, sample: bool = False, progress=lambda *_: None
 ) -> list[str]:
-    """Problems of a checkpoint. `sample` looks into the data of a few modules only, else into all of it."""
+    """Problems of a checkpoint. `sample` looks into the data of a few modules only, else into all of it.
+
+    `expected` is what a command has just planned and written; its report comes last, so none is looked at then.
+    """
     try:
         checkpoint = Checkpoint(path)
         view = DenseView(checkpoint)
@@ -35,16 +40,28 @@ def check_folder(
         ]
     problems += _layout_problems(checkpoint, view)
     problems += _ignore_problems(checkpoint, view)
-    config = checkpoint.config or {}
-    if config.get("tie_word_embeddings") and "lm_head.weight" in checkpoint.tensors:
-        problems.append("config.json ties the word embeddings, yet there is a lm_head.weight of its own")
-    problems += _report_problems(path)
+    if expected is None:
+        problems += _tied_problems(checkpoint)
+        problems += _report_problems(view)
     return problems or _data_problems(checkpoint, view, sample, progress)
 
 
 def _layout_problems(checkpoint: Checkpoint, view: DenseView) -> list[str]:
-    """Each quantized module must have exactly the tensors of its scheme."""
-    problems = []
+    """Each quantized module must have exactly the tensors of its scheme, and no such tensor may be without a module."""
+    if view.encoding is None:
+        return []
+    modules = dict.fromkeys(view.encoding.modules(checkpoint.tensors))
+    problems = [
+        f"tensor '{module}.weight' is there twice, dense and quantized"
+        for module in modules
+        if view.tensors[f"{module}.weight"].scheme is None
+    ]
+    parts = tuple(suffix for suffix in view.encoding.SUFFIXES if suffix != ".weight")
+    problems += [
+        f"tensor {name!r} belongs to no quantized layer"
+        for name in checkpoint.tensors
+        if name.endswith(parts) and name.rsplit(".", 1)[0] not in modules
+    ]
     for name, entry in view.tensors.items():
         if entry.scheme is None:
             continue
@@ -78,15 +95,50 @@ def _ignore_problems(checkpoint: Checkpoint, view: DenseView) -> list[str]:
     ]
 
 
-def _report_problems(path: Path) -> list[str]:
-    from tersor.formats.report import Report, validate
+def _tied_problems(checkpoint: Checkpoint) -> list[str]:
+    """A copy of the embeddings is only a waste, but a head of its own would be dropped by every loader."""
+    import torch
 
-    if not (path / "report.json").is_file():
+    if not (checkpoint.config or {}).get("tie_word_embeddings") or HEAD not in checkpoint.tensors:
+        return []
+    tables = [name for name in checkpoint.tensors if name.endswith(INPUT_TABLES)]
+    if any(
+        checkpoint.tensors[name].shape == checkpoint.tensors[HEAD].shape
+        and torch.equal(checkpoint.map(name), checkpoint.map(HEAD))
+        for name in tables
+    ):
+        return []
+    return [f"config.json ties the word embeddings, yet there is a {HEAD} of its own"]
+
+
+def _report_problems(view: DenseView) -> list[str]:
+    """The report must be well-formed, list the very tensors that are there, and have been written for these bytes."""
+    from tersor.formats.report import Report
+
+    checkpoint = view.checkpoint
+    if not (checkpoint.path / "report.json").is_file():
         return []
     try:
-        return [f"report.json: {problem}" for problem in validate(Report.load(path).to_dict())]
-    except (TersorError, TypeError, KeyError, ValueError) as error:
-        return [f"report.json: {error}"]
+        report = Report.load(checkpoint.path)
+    except TersorError as error:
+        return [str(error)]
+    problems = []
+    listed = {entry.name: list(entry.after["shape"]) for entry in report.tensors}
+    for name in sorted(listed.keys() ^ view.tensors.keys() if listed else ()):
+        problems.append(
+            f"tensor {name!r} is missing, report.json lists it"
+            if name in listed
+            else f"tensor {name!r} is not one that report.json lists"
+        )
+    for name in listed.keys() & view.tensors.keys():
+        if listed[name] != list(view.tensors[name].shape):
+            problems.append(
+                f"tensor {name!r} has shape {list(view.tensors[name].shape)}, report.json says {listed[name]}"
+            )
+    recorded = (report.output or {}).get("fingerprint")
+    if not problems and recorded is not None and recorded != checkpoint.fingerprint():
+        problems.append("config.json or the weights have changed since report.json was written: fingerprints differ")
+    return problems
 
 
 def _data_problems(checkpoint: Checkpoint, view: DenseView, sample: bool, progress) -> list[str]:
@@ -114,7 +166,7 @@ def _data_problems(checkpoint: Checkpoint, view: DenseView, sample: bool, progre
         for count, name in enumerate(dense):
             progress("values", count, len(dense))
             if checkpoint.tensors[name].params and not bool(
-                torch.isfinite(checkpoint.map(name).sum(dtype=torch.float32))
+                torch.isfinite(torch.stack(torch.aminmax(checkpoint.map(name)))).all()
             ):
                 problems.append(f"tensor {name!r} holds NaN or Inf")
     return problems

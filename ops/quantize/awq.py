@@ -19,9 +19,10 @@ import torch
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.scheme import Scheme
-from tersor.ops.model.skeleton import EXPERTS, is_linear, weight_matrix
+from tersor.ops.model.skeleton import EXPERTS, weight_matrix
 from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.quantize.grid import round_to_nearest
+from tersor.ops.quantize.rtn import FEWEST_TOKENS
 from torch import nn
 
 GRID = 20
@@ -29,6 +30,7 @@ SMALLEST_SCALE = 1e-4
 # Largest change of a block's output, relative to its largest value, that counts as float rounding.
 SAME_OUTPUT = 1e-4
 EXPERT_PATH = re.compile(rf".*\.{EXPERTS}\.\d+\.")
+EXPERT_NUMBER = re.compile(rf"(?<=\.{EXPERTS}\.)\d+(?=\.)")
 
 
 class AWQ:
@@ -62,16 +64,18 @@ class AWQ:
         scaled: set[str] = set()
         for producer_path, consumer_paths in self._find_folds(run, index, block, layers, statistics):
             producer = paths[producer_path]
-            consumers = [names[id(paths[path])] for path in consumer_paths]
-            if any(name not in statistics for name in consumers):
+            consumers = [names.get(id(paths[path])) for path in consumer_paths]
+            if any(name not in statistics or statistics[name].tokens < FEWEST_TOKENS for name in consumers):
+                continue
+            if not is_norm(producer) and id(producer) not in names:  # this expert's is to stay dense
                 continue
             steps = [plan.steps[name] for name in consumers]
             weights = [weight_matrix(layers[name]) for name in consumers]
             grids = [(step.scheme, getattr(torch, TORCH_DTYPES[step.scale_dtype])) for step in steps]
-            scale, exponent = search_scale(weights, statistics[consumers[0]], grids)
+            scale, exponent = search_scale(weights, statistics[consumers[0]], grids, self.clip)
             if exponent == 0:
                 continue
-            if id(producer) not in names:
+            if is_norm(producer):
                 stored = getattr(torch, TORCH_DTYPES[run.skeleton.stored_dtype(index, producer_path)])
                 scale = storable_scale(producer, scale, stored)
             apply_scale(producer, [layers[name] for name in consumers], scale)
@@ -85,7 +89,11 @@ class AWQ:
     def _find_folds(
         self, run, index: int, block: nn.Module, layers: dict, statistics: dict
     ) -> list[tuple[str, list[str]]]:
-        """(producer, consumers) as module paths. Proved on the first block of each kind, then reused."""
+        """(producer, consumers) as module paths.
+
+        Proved on the first block of each kind, and for experts on the first one that this text reaches, then reused: what
+        feeds what is the same in all of them.
+        """
         paths = {id(module): path for path, module in block.named_modules()}
         kind = type(block), tuple(sorted(paths[id(layer)] for layer in layers.values()))
         if kind not in self._folds:
@@ -93,45 +101,64 @@ class AWQ:
             for name, layer in layers.items():
                 if name in statistics:
                     readers.setdefault(id(statistics[name]), []).append(layer)
-            found = [(self._producer(run, index, block, group, paths), group) for group in readers.values()]
-            self._folds[kind] = [
-                (paths[id(producer)], [paths[id(layer)] for layer in group])
-                for producer, group in found
-                if producer is not None
-            ]
-        return self._folds[kind]
+            allowed = {id(layer) for layer in layers.values()}  # a layer that is to stay dense is not touched
+            allowed |= {id(module) for module in block.modules() if is_norm(module)}
+            found: dict[tuple[str, ...], str | None] = {}
+            for group in readers.values():
+                consumers = tuple(EXPERT_NUMBER.sub("#", paths[id(layer)]) for layer in group)
+                if consumers not in found and self._matters(run, index, block, group):
+                    producer = self._producer(run, index, block, group, paths, allowed)
+                    found[consumers] = producer and EXPERT_NUMBER.sub("#", paths[id(producer)])
+            self._folds[kind] = [(producer, list(group)) for group, producer in found.items() if producer]
+        numbers = {match[0]: None for path in paths.values() if (match := EXPERT_NUMBER.search(path))}
+        return [
+            (producer.replace("#", number), [path.replace("#", number) for path in group])
+            for producer, group in self._folds[kind]
+            for number in (numbers if "#" in group[0] else [""])
+        ]
 
-    def _producer(self, run, index: int, block: nn.Module, group: list[nn.Module], paths: dict) -> nn.Module | None:
-        """The module whose output the group reads, proved by scaling; the last candidate of the block that passes."""
+    def _matters(self, run, index: int, block: nn.Module, group: list[nn.Module]) -> bool:
+        """Whether scaling the inputs of the group alone changes the output: only then can a scaling be disproved."""
+        reference = run.probe(index, block)
+        with _scaled(None, group, _trial_scale(group)):
+            return bool((run.probe(index, block) - reference).abs().max() > SAME_OUTPUT * reference.abs().max())
+
+    def _producer(
+        self, run, index: int, block: nn.Module, group: list[nn.Module], paths: dict, allowed: set[int]
+    ) -> nn.Module | None:
+        """The module of `allowed` whose output the group reads, proved by scaling; the last of the block that passes."""
         width = weight_matrix(group[0]).shape[1]
         expert = EXPERT_PATH.match(paths[id(group[0])])
         candidates = [
             module
             for module in block.modules()
-            if isinstance(getattr(module, "weight", None), nn.Parameter)
+            if id(module) in allowed
             and all(module is not layer for layer in group)
             and _channels(module) == width
             and (expert is None or paths[id(module)].startswith(expert[0]))
         ]
-        scale = 0.5 + torch.rand(width, generator=torch.Generator().manual_seed(0)).to(group[0].weight.device)
         reference = run.probe(index, block)
         tolerance = SAME_OUTPUT * reference.abs().max()
         for producer in reversed(candidates):
-            with _scaled(producer, group, scale):
-                same = (run.probe(index, block) - reference).abs().max() <= tolerance
-            if not bool(same):
-                continue
-            with _scaled(None, group, scale):  # a proof only if the layers matter for this text at all
-                if bool((run.probe(index, block) - reference).abs().max() > tolerance):
+            with _scaled(producer, group, _trial_scale(group)):
+                if bool((run.probe(index, block) - reference).abs().max() <= tolerance):
                     return producer
         return None
 
 
+def _trial_scale(group: list[nn.Module]) -> torch.Tensor:
+    width = weight_matrix(group[0]).shape[1]
+    return 0.5 + torch.rand(width, generator=torch.Generator().manual_seed(0)).to(group[0].weight.device)
+
+
+def is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+
 def _channels(module: nn.Module) -> int:
-    """How many channels a norm or a linear layer delivers; 0 for anything else."""
-    if module.weight.dim() == 1:
-        return module.weight.shape[0]
-    return weight_matrix(module).shape[0] if is_linear(module) else 0
+    """How many channels a norm or a linear layer delivers."""
+    return module.weight.shape[0] if is_norm(module) else weight_matrix(module).shape[0]
 
 
 @contextlib.contextmanager
@@ -151,8 +178,6 @@ def _scaled(producer: nn.Module | None, consumers: list[nn.Module], scale: torch
 
 def storable_scale(producer: nn.Module, scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """The scale near `scale` that a norm's weight can express exactly in the dtype it is stored in."""
-    if producer.weight.dim() != 1:
-        return scale
     offset = 1.0 if is_offset_norm(producer) else 0.0
     gain = producer.weight + offset
     rounded = (gain / scale - offset).to(stored).float() + offset
@@ -166,7 +191,7 @@ def apply_scale(producer: nn.Module | None, consumers: list[nn.Module], scale: t
         weight_matrix(layer).mul_(scale)
     if producer is None:
         return
-    if producer.weight.dim() == 1:
+    if is_norm(producer):
         # Gemma's norms multiply by (1 + weight): recognised by their weight being an offset from one.
         offset = 1.0 if is_offset_norm(producer) else 0.0
         producer.weight.add_(offset).div_(scale).sub_(offset)
@@ -189,10 +214,18 @@ def is_offset_norm(module: nn.Module) -> bool:
 
 
 def search_scale(
-    weights: list[torch.Tensor], statistics: InputStatistics, schemes: list[tuple[Scheme, torch.dtype]]
+    weights: list[torch.Tensor],
+    statistics: InputStatistics,
+    schemes: list[tuple[Scheme, torch.dtype]],
+    clip: bool = True,
 ) -> tuple[torch.Tensor, float]:
-    """The scale `[in]` among s = mean|x|^a, a in 0, 1/20 … 19/20, with the least output error of all `weights`."""
+    """The scale `[in]` among s = mean|x|^a, a in 0, 1/20 … 19/20, with the least output error of all `weights`.
+
+    Weights are rounded as they will be in the end, clipped ranges included: these gain from loud inputs too, so that
+    the best scale without them can be worse than none. a = 0 is among the candidates, and no scale.
+    """
     means, hessian = statistics.column_means, statistics.hessian
+    energy = hessian.diagonal()
     best_error, best_scale, best_exponent = float("inf"), torch.ones_like(means), 0.0
     for step in range(GRID):
         exponent = step / GRID
@@ -200,7 +233,7 @@ def search_scale(
         scale /= (scale.max() * scale.min()).sqrt()
         error = 0.0
         for weight, (scheme, scale_dtype) in zip(weights, schemes, strict=True):
-            quantized = round_to_nearest(weight * scale, scheme, scale_dtype, clip=False)
+            quantized = round_to_nearest(weight * scale, scheme, scale_dtype, energy / scale.square(), clip)
             difference = dequantize(quantized, scheme) / scale - weight
             error += float((difference @ hessian * difference).sum())
         if error < best_error:

@@ -20,7 +20,7 @@ from tersor.ops.quantize.errors import ErrorSums
 from tersor.ops.quantize.plan import Plan, Step
 from tersor.ops.quantize.rtn import RTN
 
-PANEL_WEIGHTS = 1 << 20
+PANEL_WEIGHTS = 1 << 19
 MOST_WORKERS = 8
 
 
@@ -70,32 +70,33 @@ def quantize_tensor(
     linear, scheme = step.linear, step.scheme
     scale_dtype = getattr(torch, TORCH_DTYPES[step.scale_dtype])
     sums = ErrorSums()
-    parts = []
-    for weight in _panels(checkpoint, step):
+    codes: torch.Tensor | None = None  # filled panel by panel: joining panels at the end would take twice the memory
+    scales, zero_points = [], []
+    for start, weight in _panels(checkpoint, step):
         weight = weight.to(device)
-        quantized = method.quantize(weight, None, scheme, scale_dtype)
-        if not bool(torch.isfinite(quantized.scale.float()).all()):
+        part = method.quantize(weight, None, scheme, scale_dtype)
+        if not bool(torch.isfinite(part.scale.float()).all()):
             raise not_finite(linear.name, checkpoint)
-        sums.add(weight, quantized, scheme)
-        parts.append(encodings.QuantizedWeight(*(part if part is None else part.cpu() for part in quantized)))
-    quantized = parts[0] if len(parts) == 1 else encodings.QuantizedWeight(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        None if parts[0].zero_point is None else torch.cat([part.zero_point for part in parts]),
-    )  # fmt: skip
-    del parts
+        sums.add(weight, part, scheme)
+        if codes is None:
+            codes = torch.empty(linear.shape, dtype=part.codes.dtype)
+        codes[start : start + len(weight)] = part.codes
+        scales.append(part.scale.cpu())
+        if part.zero_point is not None:
+            zero_points.append(part.zero_point.cpu())
+    quantized = encodings.QuantizedWeight(codes, torch.cat(scales), torch.cat(zero_points) if zero_points else None)
     for name, tensor in encodings.encoding(plan.format).encode(linear.module, quantized, scheme).items():
         writer.write(name, tensor)
     return sums.numbers()
 
 
 def _panels(checkpoint: Checkpoint, step: Step):
-    """Rows `[rows, in]` of the layer, whole where the file holds the transpose or one scale serves all rows."""
+    """First row and rows `[rows, in]` of the layer, whole where the file holds the transpose or one scale serves all rows."""
     out, columns = step.linear.shape
     if step.linear.transposed:
-        yield checkpoint.read(step.linear.name).T.contiguous()
+        yield 0, checkpoint.read(step.linear.name).T.contiguous()
         return
     rows = max(128, PANEL_WEIGHTS // columns // 128 * 128)  # whole tiles of a block-wise scheme
     rows = out if step.scheme.strategy == "tensor" else rows
     for start in range(0, out, rows):
-        yield checkpoint.read(step.linear.name, (start, min(start + rows, out)))
+        yield start, checkpoint.read(step.linear.name, (start, min(start + rows, out)))

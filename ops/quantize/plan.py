@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from tersor.formats import encodings
@@ -10,11 +11,13 @@ from tersor.formats.errors import TersorError
 from tersor.formats.header import tensor_bytes
 from tersor.formats.scheme import Scheme
 from tersor.formats.writer import Layout
-from tersor.ops.model.selection import Linear, policy_for, select
-from tersor.ops.quantize.schemes import fit_group, scheme_from_name
+from tersor.ops.model.selection import Linear, Selection, policy_for, select
+from tersor.ops.quantize.schemes import SCHEMES, fit_group, scheme_from_name
 
 SCALE_DTYPES = {"compressed-tensors": {"F16": "F16", "BF16": "BF16", "F32": "F32", "F64": "F32"}}
 VLLM_GROUPS = (32, 64, 128)
+POLICY_TYPES = {"scheme": str, "group_size": int, "symmetric": bool, "keep": bool}
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass
@@ -51,12 +54,20 @@ class Plan:
 
 
 def choose_format(checkpoint: Checkpoint, requested: str) -> str:
-    """`auto` is compressed-tensors, except for Conv1D families, which only the GPTQ loaders know."""
+    """`auto` is compressed-tensors, except for Conv1D families, which only the GPTQ loaders know.
+
+    Raises TersorError for compressed-tensors of such a family: loaders would leave its layers at random values.
+    """
     from tersor.formats.conv1d import CONV1D_FAMILIES
 
-    conv1d = (checkpoint.config or {}).get("model_type") in CONV1D_FAMILIES
+    family = (checkpoint.config or {}).get("model_type")
+    if family in CONV1D_FAMILIES and requested == "compressed-tensors":
+        raise TersorError(
+            f"{checkpoint.path}: the Conv1D layers of {family} are no Linear, and compressed-tensors loaders pass them by",
+            "use --format gptq",
+        )
     if requested == "auto":
-        return "gptq" if conv1d else "compressed-tensors"
+        return "gptq" if family in CONV1D_FAMILIES else "compressed-tensors"
     return requested
 
 
@@ -69,26 +80,36 @@ def build_plan(
     policy: list | None = None,
     strict: bool = False,
 ) -> Plan:
-    """Raises TersorError when the input is quantized already, nothing is selected, or `strict` forbids a fallback."""
+    """Raises TersorError when the input is quantized already, nothing is selected, or `strict` forbids a fallback.
+
+    `policy` is what `load_policy` returns; a pattern in it that matches no tensor is an error.
+    """
     if encodings.detect(checkpoint.config, checkpoint.tensors) is not None:
         raise TersorError(
             f"{checkpoint.path}: is quantized already", "make it dense first: tersor convert MODEL --to dense -o DENSE"
         )
     selection = select(checkpoint, include, exclude)
-    plan = Plan(choose_format(checkpoint, format), dense_modules=list(selection.dense_modules))
+    plan = Plan(choose_format(checkpoint, format), dense_modules=[*selection.dense_modules, *selection.tables])
     encoding = encodings.encoding(plan.format)
     plan.kept = {name: selection.reasons.get(name, "fewer than two dimensions") for name in checkpoint.tensors}
+    _check_policy(plan, policy or [], checkpoint, selection)
+    # A model's experts run as one fused kernel, and loaders read all of them by one scheme.
+    expert_widths = frozenset(linear.shape[1] for linear in selection.linears.values() if EXPERT.search(linear.name))
     for linear in selection.linears.values():
         settings = policy_for(policy or [], linear.name)
         if settings.get("keep"):
             _keep(plan, linear, "kept dense by the policy")
             continue
         wanted = _scheme_of(scheme, settings, linear.name)
-        fitted, fallback = fit_group(wanted, linear.shape[1])
+        peers = expert_widths if EXPERT.search(linear.name) else frozenset()
+        fitted, fallback = fit_group(wanted, linear.shape[1], peers)
         if fallback and strict:
-            raise TersorError(
-                f"{linear.name}: {fallback}", "choose a --group-size that divides it, or leave --strict out"
+            fits = (
+                "--scheme fp8 takes any width"
+                if wanted.strategy == "block"
+                else "choose a --group-size that divides it"
             )
+            raise TersorError(f"{linear.name}: {fallback}", f"{fits}, or leave --strict out")
         try:
             encoding.check(linear.module, linear.shape, fitted)
         except TersorError as error:
@@ -101,12 +122,14 @@ def build_plan(
         plan.steps[linear.name] = Step(linear, fitted, scale_dtype, layout, fallback or "linear layer in a block")
         del plan.kept[linear.name]
     if not plan.steps:
+        name = next(iter(selection.linears), next(iter(selection.reasons), None))
+        example = f": {name} is kept ({plan.kept[name]})" if name else ": it has none of two dimensions"
         raise TersorError(
-            f"{checkpoint.path}: no tensor is left to quantize", "see tersor quantize --dry-run for the reasons"
+            f"{checkpoint.path}: no tensor is left to quantize{example}", "check --include, --exclude and --policy"
         )
     for name, info in checkpoint.tensors.items():
         plan.layout |= plan.steps[name].layout if name in plan.steps else {name: (info.dtype, info.shape)}
-    _warn(plan)
+    _warn(plan, (checkpoint.config or {}).get("model_type"))
     return plan
 
 
@@ -115,29 +138,44 @@ def _keep(plan: Plan, linear: Linear, reason: str) -> None:
     plan.dense_modules.append(linear.module)
 
 
+def _check_policy(plan: Plan, policy: list, checkpoint: Checkpoint, selection: Selection) -> None:
+    for pattern, settings in policy:
+        names = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+        if not names:
+            raise TersorError(
+                f"policy: {pattern.pattern!r} matches no whole tensor name of {checkpoint.path}",
+                f"names look like {next(iter(checkpoint.tensors), '(none)')!r}",
+            )
+        if not settings.get("keep") and not any(name in selection.linears for name in names):
+            plan.warnings.append(
+                f"policy {pattern.pattern!r} changes nothing: {names[0]} is kept ({plan.kept[names[0]]})"
+            )
+
+
 def _scheme_of(default: Scheme, settings: dict, name: str) -> Scheme:
-    unknown = settings.keys() - {"scheme", "group_size", "symmetric", "keep"}
+    unknown = settings.keys() - POLICY_TYPES.keys()
     if unknown:
-        raise TersorError(
-            f"policy for {name}: unknown keys {sorted(unknown)}", "known: scheme group_size symmetric keep"
-        )
+        raise TersorError(f"policy for {name}: unknown keys {sorted(unknown)}", f"known: {' '.join(POLICY_TYPES)}")
+    for key, value in settings.items():
+        if type(value) is not POLICY_TYPES[key]:
+            raise TersorError(f"policy for {name}: {key} is {value!r}", f"it should be {POLICY_TYPES[key].__name__}")
+    scheme = settings.get("scheme")
+    if scheme is not None:
+        return scheme_from_name(scheme, settings.get("group_size"), settings.get("symmetric", True))
     if not settings:
         return default
-    if "scheme" in settings:
-        return scheme_from_name(settings["scheme"], settings.get("group_size"), settings.get("symmetric", True))
-    current = next(key for key, value in _names().items() if (value.bits, value.kind) == (default.bits, default.kind))
-    return scheme_from_name(
-        current, settings.get("group_size", default.group_size), settings.get("symmetric", default.symmetric)
-    )
+    scheme = next(key for key, value in SCHEMES.items() if _family(value) == _family(default))
+    whole_rows = default.strategy == "channel" and SCHEMES[scheme].strategy == "group"
+    size = settings.get("group_size", -1 if whole_rows else default.group_size)
+    return scheme_from_name(scheme, size, settings.get("symmetric", default.symmetric))
 
 
-def _names() -> dict[str, Scheme]:
-    from tersor.ops.quantize.schemes import SCHEMES
+def _family(scheme: Scheme) -> tuple:
+    """What `--scheme` alone decides."""
+    return scheme.bits, scheme.kind, scheme.activations
 
-    return SCHEMES
 
-
-def _warn(plan: Plan) -> None:
+def _warn(plan: Plan, family: str | None) -> None:
     sizes = {step.scheme.group_size for step in plan.steps.values() if step.scheme.strategy == "group"}
     odd = sorted(sizes - set(VLLM_GROUPS))
     if odd:
@@ -147,5 +185,18 @@ def _warn(plan: Plan) -> None:
         )
     if any(step.scheme.bits in (2, 3) and step.scheme.kind == "int" for step in plan.steps.values()):
         plan.warnings.append("2 and 3 bit weights lose quality fast: compare with tersor evaluate --compare before use")
-    if plan.format == "compressed-tensors" and any(not step.scheme.symmetric for step in plan.steps.values()):
-        plan.warnings.append("transformers 5.23 cannot reload asymmetric compressed-tensors weights; 5.17 and vLLM can")
+    if plan.format != "compressed-tensors":
+        return
+    schemes = [step.scheme for step in plan.steps.values()]
+    whole = "load it with quantization_config=CompressedTensorsConfig(dequantize=True)"
+    if any(not scheme.symmetric for scheme in schemes):
+        plan.warnings.append(
+            f"transformers 5.23 cannot reload asymmetric compressed-tensors weights as they are (5.17 and vLLM can): {whole}"
+        )
+    if family == "falcon":
+        plan.warnings.append(f"transformers 5.23 cannot load quantized Falcon layers as they are: {whole}")
+    experts = {step.scheme for name, step in plan.steps.items() if EXPERT.search(name)}
+    if any(scheme.activations in ("int8", "fp8-group") for scheme in experts):
+        plan.warnings.append(
+            "transformers 5.23 cannot load w8a8 and fp8-block experts (vLLM can); --scheme fp8 or w8a16 loads in both"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme
@@ -43,18 +44,28 @@ def scheme_from_name(name: str, group_size: int | None = None, symmetric: bool =
     return replace(scheme, symmetric=symmetric, group_size=size)
 
 
-def fit_group(scheme: Scheme, columns: int) -> tuple[Scheme, str | None]:
+def fit_group(scheme: Scheme, columns: int, peers: frozenset[int] = frozenset()) -> tuple[Scheme, str | None]:
     """The scheme for a row of `columns` weights: with the largest group that divides it, and why it differs.
 
     Groups of a multiple of 32 are preferred (576 gets 96 when 128 was asked for), then multiples of 8, then any divisor
-    of at least 16; a width with none of them gets one scale per row.
+    of at least 16; a width with none of them gets one scale per row. The inputs of a block-wise layer are quantized in
+    runs as wide as a block, so a width that these do not divide gets one scale per row too. `peers` are the widths of
+    layers that must get the same groups.
     """
-    if scheme.strategy != "group" or columns % scheme.group_size == 0:
+    asked = scheme.block[1] if scheme.strategy == "block" else scheme.group_size
+    if asked is None or all(width % asked == 0 for width in (columns, *peers)):
         return scheme, None
-    divisors = [size for size in range(min(scheme.group_size, columns), SMALLEST_GROUP - 1, -1) if columns % size == 0]
+    odd = columns if columns % asked else min(width for width in peers if width % asked)
+    reason = f"{odd} columns are not divisible by {asked}" + (
+        "" if odd == columns else ", and experts share a group size"
+    )
+    if scheme.strategy == "block":
+        chosen = replace(scheme, strategy="channel", block=None, activations="fp8")
+        return chosen, f"{reason}: one scale per row"
+    common = gcd(columns, *peers)
+    divisors = [size for size in range(min(asked, common), SMALLEST_GROUP - 1, -1) if common % size == 0]
     for step in (KERNEL_STEP, 8, 1):
         if fitting := [size for size in divisors if size % step == 0]:
-            chosen = replace(scheme, group_size=fitting[0])
-            return chosen, f"{columns} columns are not divisible by {scheme.group_size}: groups of {fitting[0]}"
+            return replace(scheme, group_size=fitting[0]), f"{reason}: groups of {fitting[0]}"
     chosen = replace(scheme, strategy="channel", group_size=None)
-    return chosen, f"{columns} columns have no divisor from {SMALLEST_GROUP} to {scheme.group_size}: one scale per row"
+    return chosen, f"{reason} nor by anything from {SMALLEST_GROUP} on: one scale per row"

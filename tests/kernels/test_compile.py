@@ -1,6 +1,8 @@
-"""Every Triton kernel builds ahead of time for each GPU generation we support; no GPU is needed."""
+"""Every Triton kernel builds ahead of time for each GPU generation we support, with the tiles it is launched with, and
+fits the GPU's shared memory; no GPU is needed."""
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -9,6 +11,7 @@ from tersor.kernels import (  # noqa: E402
     error_compensation,
     fp8_matmul,
     group_quantize,
+    group_range,
     int4_matmul,
     int8_matmul,
     search_clip,
@@ -16,18 +19,41 @@ from tersor.kernels import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+# Target, bytes of shared memory that one program may have.
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+NATIVE_FP8 = ("sm_90", "sm_100")
+EMULATED_FP8 = ("sm_80", "gfx942")
 
-TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128}
+GRID = {"EPS": 0.0078125, "BITS": 4, "SYMMETRIC": False, "DTYPE": 1}
+INT4 = {"x_ptr": "*bf16", "packed_ptr": "*i32", "scale_ptr": "*bf16", "zero_point_ptr": "*i8", "out_ptr": "*fp32"}
+INT8 = {"x_ptr": "*i8", "weight_ptr": "*i8", "x_scale_ptr": "*fp32", "weight_scale_ptr": "*bf16", "out_ptr": "*bf16"}
+FP8_BYTES = INT8 | {"x_ptr": "*u8", "weight_ptr": "*u8"}
+FP8 = INT8 | {"x_ptr": "*fp8e4nv", "weight_ptr": "*fp8e4nv"}
+ONE, MANY = 1, 512  # tokens
 
-# Kernel, types of its pointers (every other argument is an i32), compile-time values, options.
-KERNELS = {
-    "compensate": (
+
+def int4(tokens, dtype):
+    name = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
+    return {
+        "HAS_ZERO_POINT": True,
+        "DOT": getattr(triton.language, name),
+        **int4_matmul.launch_options(tokens, 32, 128, dtype),
+    }
+
+
+def fp8(tokens, native, blockwise):
+    return {"NATIVE": native, "BLOCKWISE": blockwise, **fp8_matmul.launch_options(tokens)}
+
+
+# Name, kernel, types of its pointers (every other argument is an i32), compile-time values and options, targets.
+BUILDS = [
+    (
+        "compensate",
         error_compensation._compensate_block_kernel,
         {
             "weight_ptr": "*fp32",
@@ -49,18 +75,31 @@ KERNELS = {
             "BLOCK_ROWS": 32,
             "BLOCK_COLUMNS": 128,
         },
+        TARGETS,
     ),
-    "group_quantize": (
+    (
+        "minmax_scale",
+        group_range._minmax_scale_kernel,
+        {"weight_ptr": "*bf16", "scale_ptr": "*fp32", "zero_point_ptr": "*i8"},
+        GRID | {"BLOCK_N": 8, "BLOCK_COLUMNS": 128},
+        TARGETS,
+    ),
+    (
+        "group_quantize",
         group_quantize._group_quantize_kernel,
         {"weight_ptr": "*bf16", "scale_ptr": "*bf16", "zero_point_ptr": "*i8", "out_ptr": "*i8"},
-        {"LOW": -8, "HIGH": 7, "HAS_ZERO_POINT": True, "BLOCK": 512},
+        {"LOW": -8, "HIGH": 7, "HAS_ZERO_POINT": True, "BLOCK": 1024},
+        TARGETS,
     ),
-    "quantize_and_pack": (
+    (
+        "quantize_and_pack",
         group_quantize._quantize_and_pack_kernel,
         {"weight_ptr": "*bf16", "packed_ptr": "*i32", "scale_ptr": "*fp32", "zero_point_ptr": "*i8"},
-        {"EPS": 0.0078125, "BITS": 4, "SYMMETRIC": False, "DTYPE": 1, "WORDS": 16},
+        GRID | {"BLOCK_N": 8, "BLOCK_WORDS": 16},
+        TARGETS,
     ),
-    "search_clip": (
+    (
+        "search_clip",
         search_clip._search_clip_kernel,
         {
             "weight_ptr": "*bf16",
@@ -69,78 +108,68 @@ KERNELS = {
             "scale_ptr": "*fp32",
             "zero_point_ptr": "*i8",
         },
-        {
-            "EPS": 0.0078125,
-            "BITS": 4,
-            "SYMMETRIC": False,
-            "DTYPE": 2,
-            "WEIGHTED": True,
-            "BLOCK_N": 8,
-            "BLOCK_COLUMNS": 128,
-        },
+        GRID | {"DTYPE": 2, "WEIGHTED": True, "BLOCK_N": 8, "BLOCK_COLUMNS": 128},
+        TARGETS,
     ),
-    "dequantize": (
+    (
+        "dequantize_packed",
         dequantize._dequantize_kernel,
         {"codes_ptr": "*i32", "scale_ptr": "*bf16", "zero_point_ptr": "*i8", "out_ptr": "*bf16"},
-        {"BITS": 4, "PACKED": True, "HAS_ZERO_POINT": True, "BLOCK": 512},
+        {"BITS": 4, "PER_WORD": 8, "WHOLE_WORDS": True, "HAS_ZERO_POINT": True, "BLOCK_WORDS": 128},
+        TARGETS,
     ),
-    "int4_matmul": (
-        int4_matmul._int4_matmul_kernel,
-        {"x_ptr": "*bf16", "packed_ptr": "*i32", "scale_ptr": "*bf16", "zero_point_ptr": "*i8", "out_ptr": "*fp32"},
-        {"HAS_ZERO_POINT": True, "DOT": triton.language.bfloat16, **TILE},
+    (
+        "dequantize",
+        dequantize._dequantize_kernel,
+        {"codes_ptr": "*i8", "scale_ptr": "*bf16", "zero_point_ptr": "*i8", "out_ptr": "*bf16"},
+        {"BITS": 8, "PER_WORD": 1, "WHOLE_WORDS": True, "HAS_ZERO_POINT": True, "BLOCK_WORDS": 1024},
+        TARGETS,
     ),
-    "int8_matmul": (
-        int8_matmul._int8_matmul_kernel,
-        {
-            "x_ptr": "*i8",
-            "weight_ptr": "*i8",
-            "x_scale_ptr": "*fp32",
-            "weight_scale_ptr": "*bf16",
-            "out_ptr": "*bf16",
-        },
-        TILE,
-    ),
-    "quantize_tokens": (
+    (
+        "quantize_tokens",
         int8_matmul._quantize_tokens_kernel,
         {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32"},
-        {"BLOCK": 1024},
+        {"BLOCK": 2048},
+        TARGETS,
     ),
-    "fp8_matmul": (
-        fp8_matmul._fp8_matmul_kernel,
-        {
-            "x_ptr": "*u8",
-            "weight_ptr": "*u8",
-            "x_scale_ptr": "*fp32",
-            "weight_scale_ptr": "*bf16",
-            "out_ptr": "*bf16",
-        },
-        {"NATIVE": False, "BLOCKWISE": True, **TILE},
-    ),
-    "quantize_fp8": (
+    (
+        "quantize_fp8",
         fp8_matmul._quantize_fp8_kernel,
         {"x_ptr": "*bf16", "codes_ptr": "*u8", "scale_ptr": "*fp32"},
-        {"SMALLEST": 1e-12, "BLOCK_K": 128},
+        {"SMALLEST": 1e-12, "BLOCK_K": 128, "num_warps": 1},
+        TARGETS,
     ),
-}
+    ("int4_matmul", int4_matmul._int4_matmul_kernel, INT4, int4(MANY, torch.bfloat16), TARGETS),
+    ("int4_decode", int4_matmul._int4_matmul_kernel, INT4, int4(ONE, torch.bfloat16), ("sm_90", "gfx942")),
+    (
+        "int4_matmul_float32",
+        int4_matmul._int4_matmul_kernel,
+        INT4 | {"x_ptr": "*fp32"},
+        int4(MANY, torch.float32),
+        ("sm_80", "gfx942"),
+    ),
+    ("int8_matmul", int8_matmul._int8_matmul_kernel, INT8, int8_matmul.launch_options(MANY), TARGETS),
+    ("int8_decode", int8_matmul._int8_matmul_kernel, INT8, int8_matmul.launch_options(ONE), ("sm_90", "gfx942")),
+    ("fp8_blocks", fp8_matmul._fp8_matmul_kernel, FP8, fp8(MANY, True, True), NATIVE_FP8),
+    ("fp8_channels_decode", fp8_matmul._fp8_matmul_kernel, FP8, fp8(ONE, True, False), NATIVE_FP8),
+    ("fp8_blocks_emulated", fp8_matmul._fp8_matmul_kernel, FP8_BYTES, fp8(MANY, False, True), EMULATED_FP8),
+    ("fp8_channels_emulated", fp8_matmul._fp8_matmul_kernel, FP8_BYTES, fp8(ONE, False, False), EMULATED_FP8),
+]
 
 
-def build(kernel, pointers, constants, target):
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    assert set(pointers) | set(constants) <= set(kernel.arg_names)
-    return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=TARGETS[target])
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", KERNELS)
-def test_builds(name, target, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("build", "target"), [pytest.param(b, t, id=f"{b[0]}-{t}") for b in BUILDS for t in b[4]])
+def test_builds(build, target, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a cached binary would prove nothing
-    compiled = build(*KERNELS[name], target)
+    _, kernel, pointers, values, _ = build
+    options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
+    constants = {name: value for name, value in values.items() if name not in options}
+    assert set(pointers) | set(constants) <= set(kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    # As at a launch with aligned tensors and round shapes: loads become vectors, and their buffers take shared memory.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in constants]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    gpu, shared_memory = TARGETS[target]
+    compiled = triton.compile(source, target=gpu, options=options)
     assert compiled.asm["hsaco" if target == "gfx942" else "cubin"]
-
-
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_builds_native_fp8(target, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, pointers, constants = KERNELS["fp8_matmul"]
-    pointers = pointers | {"x_ptr": "*fp8e4nv", "weight_ptr": "*fp8e4nv"}
-    assert build(kernel, pointers, constants | {"NATIVE": True, "BLOCKWISE": False}, target).asm["cubin"]
+    assert compiled.metadata.shared <= shared_memory

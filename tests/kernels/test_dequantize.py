@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tersor.kernels.dequantize import dequantize, dequantize_packed, reference_dequantize, reference_unpack
-from tersor.kernels.group_quantize import group_quantize, minmax_scale, quantize_and_pack
+from tersor.kernels.group_quantize import group_quantize, quantize_and_pack
+from tersor.kernels.group_range import minmax_scale
 
 CASES = {
     "rows": st.integers(1, 12),
@@ -45,11 +46,20 @@ def test_chunks_and_a_single_scale():
     assert torch.equal(dequantize(codes, scale, None, None, torch.float32), codes * 0.5)
 
 
+def test_no_rows():
+    codes, scale = torch.ones(0, 32, dtype=torch.int8), torch.ones(0, 2)
+    assert dequantize(codes, scale, None, 16, torch.bfloat16).shape == (0, 32)
+    packed = torch.ones(0, 4, dtype=torch.int32)
+    assert dequantize_packed(packed, scale, None, 4, 16, (0, 32), torch.bfloat16).shape == (0, 32)
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="divisible"):
         dequantize(torch.ones(2, 10, dtype=torch.int8), torch.ones(2, 3), None, 3, torch.float32)
     with pytest.raises(ValueError, match="does not fit"):
         dequantize(torch.ones(2, 10, dtype=torch.int8), torch.ones(2, 3), None, 5, torch.float32)
+    with pytest.raises(ValueError, match="zero_point"):
+        dequantize(torch.ones(2, 10, dtype=torch.int8), torch.ones(2, 2), torch.ones(2, 3), 5, torch.float32)
     with pytest.raises(ValueError, match="does not hold"):
         dequantize_packed(torch.ones(2, 2, dtype=torch.int32), torch.ones(2, 1), None, 4, None, (2, 17), torch.float32)
     with pytest.raises(ValueError, match="2, 4 or 8"):

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tersor.kernels.group_quantize import (
     group_quantize,
-    minmax_scale,
     quantize_and_pack,
     reference_group_quantize,
     reference_quantize_and_pack,
 )
+from tersor.kernels.group_range import minmax_scale
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -30,15 +30,6 @@ def test_packing_golden_words():
     packed, scale, zero_point = quantize_and_pack(ramp, 4, 16, True, torch.float32)
     assert scale.tolist() == [[1.0]] and zero_point is None
     assert [word & 0xFFFFFFFF for word in packed[0].tolist()] == [0x76543210, 0xFEDCBA98]
-
-
-def test_min_max_scales_by_hand():
-    weight = torch.tensor([[-1.0, 0.5, 0.25, 3.0], [0.0, 0.0, 1.0, 2.0]])
-    scale, _ = minmax_scale(weight, 4, 2, True, torch.float32)
-    torch.testing.assert_close(scale, torch.tensor([[2 / 15, 6 / 15], [torch.finfo(torch.float32).eps, 4 / 15]]))
-    scale, zero_point = minmax_scale(weight, 4, 2, False, torch.float32)
-    assert zero_point[0].tolist() == [2, -8]  # -8 + 10; values from 0 upwards start at the lowest code
-    torch.testing.assert_close(scale[0], torch.tensor([1.5 / 15, 3 / 15]))
 
 
 def test_agrees_with_compressed_tensors():
@@ -105,12 +96,21 @@ def test_cpu_packing_equals_the_reference(rows, groups, size, bits, symmetric, s
     assert (found[1] > 0).all() and found[1].dtype == scale_dtype
 
 
+def test_no_rows():
+    weight = torch.ones(0, 32)
+    packed, scale, zero_point = quantize_and_pack(weight, 4, 16, False, torch.float32)
+    assert packed.shape == (0, 4) and scale.shape == zero_point.shape == (0, 2)
+    assert group_quantize(weight, scale, zero_point, 4, 16).shape == (0, 32)
+
+
 def test_wrong_arguments_are_refused():
     weight = torch.ones(4, 10)
     with pytest.raises(ValueError, match="divisible"):
         group_quantize(weight, torch.ones(4, 1), group_size=3)
     with pytest.raises(ValueError, match="does not fit"):
         group_quantize(weight, torch.ones(4, 3), group_size=5)
+    with pytest.raises(ValueError, match="zero_point"):
+        group_quantize(weight, torch.ones(4, 2), torch.ones(4, 3), group_size=5)
     with pytest.raises(ValueError, match="2, 4 or 8 bits"):
         quantize_and_pack(weight, 3, 5, True, torch.float32)
     with pytest.raises(ValueError, match="out must be"):

@@ -55,6 +55,14 @@ def test_wrong_arguments_are_refused(change):
         int4_matmul(torch.ones(2, 64), **arguments)
 
 
+def test_nothing_to_multiply():
+    packed, scale = torch.ones(4, 8, dtype=torch.int32), torch.ones(4, 2)
+    assert int4_matmul(torch.ones(0, 64), packed, scale).shape == (0, 4)
+    assert int4_matmul(torch.ones(2, 64), packed[:0], scale[:0]).shape == (2, 0)
+    with pytest.raises(ValueError, match="no columns"):
+        int4_matmul(torch.ones(2, 0), packed[:, :0], scale[:, :1])
+
+
 def test_columns_must_match():
     with pytest.raises(ValueError, match="does not hold"):
         int4_matmul(torch.ones(2, 72), torch.ones(4, 8, dtype=torch.int32), torch.ones(4, 1))
@@ -78,3 +86,10 @@ def test_triton_splits_k_and_repeats_itself(on_triton, monkeypatch):
     close(first, reference_int4_matmul(*arguments))
     assert torch.equal(first, on_triton(int4_matmul, *arguments))
     assert splits[0] > 1
+
+
+@pytest.mark.triton
+def test_triton_has_nothing_to_multiply(on_triton):
+    packed, scale = torch.ones(4, 8, dtype=torch.int32), torch.ones(4, 2)
+    assert on_triton(int4_matmul, torch.ones(0, 64), packed, scale).shape == (0, 4)
+    assert on_triton(int4_matmul, torch.ones(2, 64), packed[:0], scale[:0]).shape == (2, 0)

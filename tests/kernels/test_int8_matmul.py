@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tersor.kernels import int8_matmul as module
 from tersor.kernels.int8_matmul import int8_matmul, quantize_tokens, reference_int8_matmul, reference_quantize_tokens
 
 SHAPES = {
@@ -28,13 +29,24 @@ def test_cpu_equals_the_reference(tokens, rows, columns, dtype, seed):
     assert torch.equal(int8_matmul(*arguments, dtype), reference_int8_matmul(*arguments, dtype))
 
 
-def test_cpu_is_exact_on_long_extreme_rows():
+@pytest.mark.parametrize("has_exact_int_mm", [False, True])
+def test_cpu_is_exact_on_long_extreme_rows(monkeypatch, has_exact_int_mm):
+    if not has_exact_int_mm:
+        monkeypatch.setattr(module, "_int_mm_is_exact", lambda: False)
     x = torch.full((2, 5000), -128, dtype=torch.int8)
     weight = torch.full((3, 5000), -128, dtype=torch.int8)
     weight[0, 0] = 127
     one = torch.ones(2, 1), torch.ones(3, 1)
     expected = torch.tensor([5000 * 128 * 128 - 128 * 255, 5000 * 128 * 128, 5000 * 128 * 128])
     assert torch.equal(int8_matmul(x, weight, *one, torch.float32), expected.float().expand(2, 3))
+
+
+def test_nothing_to_multiply():
+    x, weight = torch.ones(0, 8, dtype=torch.int8), torch.ones(3, 8, dtype=torch.int8)
+    assert int8_matmul(x, weight, torch.ones(0, 1), torch.ones(3, 1)).shape == (0, 3)
+    assert int8_matmul(weight, x, torch.ones(3, 1), torch.ones(0, 1)).shape == (3, 0)
+    codes, scale = quantize_tokens(torch.ones(0, 8))
+    assert codes.shape == (0, 8) and scale.shape == (0, 1)
 
 
 def test_tokens_by_hand():
@@ -49,6 +61,11 @@ def test_wrong_arguments_are_refused():
         int8_matmul(x.float(), weight, x_scale, weight_scale)
     with pytest.raises(ValueError, match="do not multiply"):
         int8_matmul(x[:, :7], weight, x_scale, weight_scale)
+    with pytest.raises(ValueError, match="overflow"):
+        long = torch.ones(1, module.LONGEST, dtype=torch.int8)
+        int8_matmul(long, long, torch.ones(1, 1), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="with columns"):
+        quantize_tokens(torch.ones(2, 0))
     with pytest.raises(ValueError, match="x_scale"):
         int8_matmul(x, weight, x_scale[:1], weight_scale)
     with pytest.raises(ValueError, match="weight_scale"):

@@ -1,0 +1,475 @@
+"""The command contract: what goes to stdout, exit codes, error lines, help, dry runs, pipes, interruption, --force."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from tersor.cli import common
+from tersor.cli.main import app
+from tersor.formats.checkpoint import Checkpoint
+from tersor.formats.errors import TersorError
+from typer.testing import CliRunner
+
+TERSOR = [sys.executable, "-m", "tersor.cli.main"]
+COMMANDS = sorted(typer.main.get_command(app).commands)
+
+
+def run(*arguments, **options):
+    """In this process: what a command prints and how it exits."""
+    return CliRunner().invoke(app, [str(part) for part in arguments], **options)
+
+
+@pytest.fixture(scope="module")
+def quantized(family, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    assert run("quantize", family("llama"), "-o", out, "--group-size", 32).exit_code == 0
+    return out
+
+
+def each_command(model: Path, quantized: Path, text: Path, out: Path) -> dict[str, list]:
+    """A short line for every command, each of which succeeds."""
+    return {
+        "convert": ["convert", quantized, "-o", out, "--to", "gptq"],
+        "evaluate": ["evaluate", quantized, "--text", text, "--seq-len", 32, "--max-windows", 2],
+        "quantize": ["quantize", model, "-o", out, "--group-size", 32],
+        "verify": ["verify", quantized],
+    }
+
+
+@pytest.fixture
+def lines(family, quantized, text, tmp_path):
+    found = each_command(family("llama"), quantized, text, tmp_path / "out")
+    assert sorted(found) == COMMANDS
+    return found
+
+
+# --- stdout and stderr ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_stdout_is_one_path(command, lines, tmp_path, quantized):
+    result = run(*lines[command])
+    assert result.exit_code == 0, result.stderr
+    expected = tmp_path / "out" if command in ("convert", "quantize") else quantized
+    assert result.stdout == f"{expected}\n"
+    assert result.stderr  # a summary
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_quiet(command, lines):
+    result = run(*lines[command], "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json(command, lines):
+    result = run(*lines[command], "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    if command == "verify":
+        assert found["schema"] == "tersor.verify/1"
+    else:
+        assert (found["schema"], found["command"]) == ("tersor.report/1", command)
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_json_is_the_report_on_disk(command, lines, tmp_path):
+    found = json.loads(run(*lines[command], "--json", "-q").stdout)
+    assert found == json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_no_colour_codes_when_not_a_terminal(lines):
+    result = run(*lines["quantize"])
+    assert "\x1b" not in result.stderr + result.stdout
+
+
+# --- input from a pipe ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_dash_is_the_last_line_of_stdin(command, lines):
+    given = [str(part) for part in lines[command]]
+    model = given[1]
+    given[1] = "-"
+    result = run(*given, "-q", input=f"something else\n\n  {model}  \n\n")
+    assert result.exit_code == 0, result.stderr
+    if command in ("evaluate", "verify"):
+        assert result.stdout == f"{model}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_dash_without_input(command, lines):
+    given = [str(part) for part in lines[command]]
+    given[1] = "-"
+    result = run(*given, input="\n \n")
+    assert_refused(result, "stdin")
+
+
+def shell(line: str, cwd: Path) -> subprocess.CompletedProcess:
+    prefix = f"tersor() {{ {shlex.join(TERSOR)} \"$@\"; }}\nset -o pipefail\n"
+    return subprocess.run(["bash", "-c", prefix + line], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_a_whole_pipe(family, text, tmp_path):
+    """As a user types it: four commands, each reads the path that the one before it printed."""
+    line = (
+        f"tersor quantize {family('llama')} -o small --group-size 32 | tersor verify - | tersor convert - -o g --to gptq -q"
+        f" | tersor evaluate - --text {text} --seq-len 32 --max-windows 2 --record"
+    )
+    result = shell(line, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "g\n"
+    report = json.loads((tmp_path / "g" / "report.json").read_text())
+    assert report["quality"]["perplexity"] > 1
+    assert [step["command"] for step in report["history"]] == ["quantize"]
+
+
+def test_a_pipe_breaks_where_it_fails(family, tmp_path):
+    """The commands behind a failure say that nothing came, and do nothing."""
+    line = f"tersor quantize {family('llama')} -o small --scheme w5a16 | tersor convert - -o g --to gptq"
+    result = shell(line, tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert [text.split(":")[0] for text in result.stderr.splitlines()].count("error") == 2
+    assert "w5a16" in result.stderr
+    assert "stdin, which is empty" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_reads_stdout(lines, tmp_path):
+    """A reader that is gone (`| head -c0`) costs the line, not the work, and shows no traceback."""
+    process = subprocess.Popen(
+        [*TERSOR, *map(str, lines["quantize"]), "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    stderr = process.stderr.read().decode()
+    process.wait(timeout=120)
+    assert "Traceback" not in stderr
+    assert "Exception ignored" not in stderr
+    assert process.returncode != 0
+    assert Checkpoint(tmp_path / "out").tensors
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+def assert_refused(result, *words: str) -> None:
+    """Exit 1, one line of error, one of hint, nothing else that matters."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.stderr
+    assert all(line.split(": ", 1)[1].strip() for line in lines)
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_named_failure(command, lines, tmp_path):
+    given = [str(part) for part in lines[command]]
+    given[1] = str(tmp_path / "no such model")
+    assert_refused(run(*given), "no such model")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_message_of_several_lines_is_one_line(command, lines, tmp_path):
+    given = [str(part) for part in lines[command]]
+    given[1] = str(tmp_path / "two\nlines")
+    assert_refused(run(*given), "two lines")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_debug_shows_the_traceback(command, lines, tmp_path):
+    given = [str(part) for part in lines[command]]
+    given[1] = str(tmp_path / "nothing")
+    result = run(*given, "--debug")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, TersorError)
+
+
+def test_debug_from_the_shell(tmp_path):
+    result = subprocess.run([*TERSOR, "verify", "nothing", "--debug"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "TersorError: nothing" in result.stderr
+    assert result.stdout == ""
+
+
+WRONG_USAGE = [
+    ["no-such-command"],
+    ["quantize"],
+    ["quantize", "model", "--no-such-option"],
+    ["quantize", "model", "-o"],
+    ["quantize", "model", "-o", "out", "--samples", "many"],
+    ["quantize", "model", "-o", "out", "--seq-len", "1"],
+    ["convert", "model", "--to", "dense"],
+    ["convert", "model", "-o", "out"],
+    ["evaluate"],
+    ["evaluate", "model", "--stride", "0"],
+    ["verify", "model", "extra"],
+]
+WITHOUT_TORCH = """
+import sys
+from tersor.cli.main import main
+status = 0
+try:
+    main()
+except SystemExit as leaving:
+    status = leaving.code
+heavy = {"torch", "transformers", "triton", "numba"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("arguments", WRONG_USAGE, ids=" ".join)
+def test_wrong_usage(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Error: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["quantize", "model", "--no-such-option"], 2),
+        (["convert", "model", "-o", "out"], 2),
+        (["evaluate", "model", "--stride", "0"], 2),
+        (["verify"], 2),
+        (["quantize", "MODEL"], 2),  # no output
+        (["quantize", "MODEL", "--dry-run"], 0),
+        (["quantize", "MODEL", "--dry-run", "--method", "gptq"], 0),
+        (["quantize", "no-such-model", "-o", "out"], 1),
+        (["--help"], 0),
+        (["--version"], 0),
+        *[([command, "--help"], 0) for command in COMMANDS],
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_answers_without_torch(arguments, status, family, tmp_path):
+    arguments = [str(family("llama")) if part == "MODEL" else part for part in arguments]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == status, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = """
+import sys, time
+from tersor.cli import common
+def wait(model):
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+common.resolve_input = wait
+from tersor.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c(command, lines):
+    """tests/pipelines/test_resume.py interrupts real work; here it is the exit and the line, of every command."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *map(str, lines[command])],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while (line := process.stderr.readline()) and line != "ready\n":
+        pass
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert stderr.startswith("interrupted")
+    assert ("--resume" in stderr) == (command in ("convert", "quantize"))
+    assert "Traceback" not in stderr
+
+
+def test_out_of_memory_is_named(monkeypatch, lines):
+    def greedy(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Checkpoint, "__init__", greedy)
+    assert_refused(run(*lines["evaluate"]), "out of memory", "--max-memory")
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def examples(command: str) -> list[list[str]]:
+    """Every command of every example in a help text, as arguments."""
+    help_text = run(*([command] if command else []), "--help").stdout.replace("\\\n", " ")
+    lines = re.findall(r"^ +tersor (.*)$", help_text, re.MULTILINE)
+    return [shlex.split(part.strip().removeprefix("tersor ")) for line in lines for part in line.split("|")]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples_that_parse(command):
+    found = examples(command)
+    assert found
+    assert command == "" or any(arguments[0] == command for arguments in found)
+    group = typer.main.get_command(app)
+    for name, *rest in found:
+        subcommand = group.commands[name]
+        with subcommand.make_context(name, rest) as context:  # raises UsageError for what does not parse
+            assert context.params["model"]
+
+
+def test_every_option_says_what_it_is_for():
+    for command in typer.main.get_command(app).commands.values():
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and "--help" not in parameter.opts:
+                assert parameter.help or parameter.name == "dtype", f"{command.name} {parameter.opts}"
+
+
+def test_sizes():
+    assert common.parse_size(None) is None
+    assert common.parse_size("8GiB") == 8 << 30
+    assert common.parse_size("1.5kb") == 1500
+    assert common.parse_size("500 MB") == 500_000_000
+    assert common.parse_size("77") == 77
+    for text in ("lots", "8 GiBs", "-1GB", "", "1e9e"):
+        with pytest.raises(TersorError):
+            common.parse_size(text)
+
+
+# --- dry run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", ["--group-size", "32"]),
+        ("llama", ["--scheme", "w3a16", "--asymmetric"]),
+        ("llama", ["--scheme", "fp8-block"]),
+        ("llama-tied", ["--exclude", "k_proj", "--include", "lm_head|layers"]),
+        ("gpt2", ["--group-size", "32"]),
+        ("mixtral", ["--format", "gptq", "--group-size", "-1"]),
+    ],
+)
+def test_dry_run_foretells_the_bytes(name, settings, family, tmp_path):
+    model, out = family(name), tmp_path / "out"
+    if "--include" in settings:
+        settings = [*settings[:2], "--include", "layers"]
+    result = run("quantize", model, *settings, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+    foretold = json.loads(result.stdout)
+    report = json.loads(run("quantize", model, "-o", out, *settings, "--json", "-q").stdout)
+    assert foretold["output_bytes"] == Checkpoint(out).nbytes == report["output"]["bytes"]
+    assert foretold["input_bytes"] == Checkpoint(model).nbytes
+    done = {entry["name"]: (entry["action"], entry["after"]["bytes"]) for entry in report["tensors"]}
+    assert {row["name"]: (row["action"], row["after_bytes"]) for row in foretold["tensors"]} == done
+    assert foretold["warnings"] == report["warnings"]
+
+
+def test_dry_run_for_people(family, tmp_path):
+    result = run("quantize", family("llama"), "-o", tmp_path / "out", "--dry-run", "--group-size", 32)
+    assert result.exit_code == 0
+    assert "quantize  model.layers.0.mlp.up_proj.weight" in result.stdout
+    assert "outside the repeated blocks" in result.stdout
+    assert "peak memory" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_output_is_the_input(command, force, lines, quantized):
+    given = [str(part) for part in lines[command]]
+    model = Path(given[1])
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    for spelling in (model, model / ".." / model.name, os.path.relpath(model)):
+        given[given.index("-o") + 1] = str(spelling)
+        assert_refused(run(*given, *force), "is the input")
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+
+
+def test_output_is_a_link_to_the_input(lines, tmp_path, quantized):
+    (tmp_path / "link").symlink_to(quantized)
+    assert_refused(run("convert", quantized, "-o", tmp_path / "link", "--to", "gptq", "--force"), "is the input")
+
+
+def test_output_exists(lines, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run(*lines["quantize"]).exit_code == 0  # empty: taken
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert_refused(run(*lines["quantize"]), "not empty", "--force")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_output_is_a_file(lines, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert_refused(run(*lines["quantize"], "--force"), "not a folder")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_force_replaces_the_whole_folder(lines, tmp_path):
+    """Nothing of the earlier checkpoint is left among the new one's files."""
+    assert run(*lines["quantize"], "--format", "gptq").exit_code == 0
+    assert (tmp_path / "out" / "quantize_config.json").exists()
+    assert run(*lines["quantize"], "--force").exit_code == 0
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
+def test_force_keeps_the_old_output_until_the_new_one_is_whole(lines, tmp_path, quantized):
+    assert run(*lines["quantize"]).exit_code == 0
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    broken = shutil.copytree(quantized, tmp_path / "broken")
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64] + b"\xff" * 64)  # NaN in the last tensor
+    result = run("convert", broken, "-o", tmp_path / "out", "--to", "dense", "--force", "-q")
+    assert_refused(result)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_partial_output_of_an_earlier_run(lines, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "journal.jsonl").write_text("")
+    assert_refused(run(*lines["quantize"]), "did not finish", "--resume", "--force")
+    assert run(*lines["quantize"], "--force").exit_code == 0
+    assert not partial.exists()
+
+
+def test_output_in_a_folder_that_is_not_there_yet(lines, tmp_path):
+    given = [str(part) for part in lines["quantize"]]
+    given[given.index("-o") + 1] = str(tmp_path / "a" / "b")
+    assert run(*given).stdout == f"{tmp_path / 'a' / 'b'}\n"
+
+
+def test_progress_is_plain_lines_now_and_then(capsys, monkeypatch):
+    """Where stderr is no terminal: a line at the start of a stage, then one in ten seconds, and the end."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with common.progress(quiet=False) as progress:
+        for done in range(50):
+            progress("blocks", done, 50)
+            now += 1.0
+        progress("blocks", 50, 50)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("blocks 0/50")
+    assert lines[-1].startswith("blocks 50/50")
+    assert 5 <= len(lines) <= 7
+    assert "s left" in lines[1]
+    with common.progress(quiet=True) as progress:
+        progress("blocks", 1, 2)
+    assert capsys.readouterr().err == ""
