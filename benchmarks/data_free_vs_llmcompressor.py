@@ -28,7 +28,7 @@ PEER_SEARCH, PEER_DEFAULT = "llm-compressor, search", "llm-compressor, min-max (
 
 
 def tersor(model: Path, out: Path, *more: str) -> list[str]:
-    command = [sys.executable, "-m", "tersor.cli.main", "quantize", str(model), "-o", str(out)]
+    command = [sys.executable, "-P", "-m", "tersor.cli.main", "quantize", str(model), "-o", str(out)]
     return [*command, "--scheme", "w4a16", "--group-size", "128", "-q", *more]
 
 

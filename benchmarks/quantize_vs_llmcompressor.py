@@ -24,7 +24,7 @@ WINDOW = 512
 
 
 def tersor(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "tersor.cli.main", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "tersor.cli.main", *map(str, arguments)]
 
 
 def perplexity(model: Path, text: Path) -> dict:

@@ -43,9 +43,8 @@ def evaluate(
     """
     with common.reported_errors(debug, resumable=False):
         path = common.resolve_input(model)
-        from tersor.ops.evaluate.run import Request, evaluate
+        from tersor.ops.evaluate.run import Request, evaluate, require_report
         from tersor.ops.evaluate.run import record as add_to_report
-        from tersor.ops.evaluate.run import require_report
 
         if record:
             require_report(Path(path))

@@ -111,22 +111,16 @@ def encode(module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Te
         if weight.zero_point is not None:
             tensors[f"{module}.weight_zero_point"] = weight.zero_point.contiguous()
         return tensors
+    half = 2 ** (scheme.bits - 1)  # signed codes are stored from 0 on
     tensors = {
-        f"{module}.weight_packed": pack_rows(_unsigned(weight.codes, scheme.bits), scheme.bits),
+        f"{module}.weight_packed": pack_rows(weight.codes.view(torch.uint8), scheme.bits, half),
         f"{module}.weight_scale": scale,
         f"{module}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
     }
     if weight.zero_point is not None:  # packed along the rows of the weight
-        zero_point = _unsigned(weight.zero_point, scheme.bits)
-        tensors[f"{module}.weight_zero_point"] = pack_rows(zero_point.T.contiguous(), scheme.bits).T.contiguous()
+        zero_point = weight.zero_point.view(torch.uint8).T.contiguous()
+        tensors[f"{module}.weight_zero_point"] = pack_rows(zero_point, scheme.bits, half).T.contiguous()
     return tensors
-
-
-def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    """Signed int8 codes to uint8 0 … 2^bits - 1."""
-    import torch
-
-    return codes.view(torch.uint8) + 2 ** (bits - 1) if codes.is_contiguous() else _unsigned(codes.contiguous(), bits)
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:

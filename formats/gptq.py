@@ -185,13 +185,7 @@ def dense_shape(module: str, infos: dict, scheme: Scheme, read: Callable[[str], 
 
 
 def modules(names: Collection[str]) -> list[str]:
-    """Quantized modules among tensor names, in order."""
-    found = {}
-    for name in names:
-        for suffix in (".qweight", ".qzeros"):
-            if name.endswith(suffix):
-                found[name.removesuffix(suffix)] = None
-    return list(found)
+    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
 
 
 def tensor_names(module: str, names: Collection[str]) -> list[str]:

@@ -11,32 +11,42 @@ from math import gcd
 import torch
 from tersor.formats.errors import TersorError
 
+PANEL_VALUES = 1 << 20  # worked on at a time: what packing needs beside its input and output
+
 
 def packed_columns(columns: int, bits: int) -> int:
     """int32 words that a row of `columns` values takes."""
     return -(-columns * bits // 32)
 
 
-def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned values `[rows, columns]` below 2^bits to int32 words `[rows, ceil(columns * bits / 32)]`."""
+def pack_rows(values: torch.Tensor, bits: int, offset: int = 0) -> torch.Tensor:
+    """Values `[rows, columns]` + `offset`, then 0 to 2^bits - 1, to int32 words `[rows, ceil(columns * bits / 32)]`."""
+    rows, columns = values.shape
+    packed = torch.empty(rows, packed_columns(columns, bits), dtype=torch.int32, device=values.device)
+    for panel in _panels(rows, columns):
+        packed[panel] = _pack_panel((values[panel] + offset).to(torch.uint8), bits)
+    return packed
+
+
+def _panels(rows: int, columns: int) -> list[slice]:
+    step = max(1, PANEL_VALUES // max(1, columns))
+    return [slice(first, first + step) for first in range(0, rows, step)]
+
+
+def _pack_panel(values: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = values.shape
     words = packed_columns(columns, bits)
-    padded = values.to(torch.uint8)
     if missing := words * 32 // bits - columns if 32 % bits == 0 else -columns % _period(bits):
-        padded = torch.nn.functional.pad(padded, (0, missing))
-    per_byte = 8 // bits if 8 % bits == 0 else 0
-    if per_byte == 1:
-        packed = padded.contiguous()
-    elif per_byte:
-        packed = padded[:, 0::per_byte].clone()
-        for position in range(1, per_byte):
-            packed |= padded[:, position::per_byte] << (bits * position)
+        values = torch.nn.functional.pad(values, (0, missing))
+    if 8 % bits == 0:
+        packed = values[:, :: 8 // bits].clone()
+        for position in range(1, 8 // bits):
+            packed |= values[:, position :: 8 // bits] << (bits * position)
     else:
-        packed = _pack_across_bytes(padded, bits)
-    packed = packed[:, : words * 4].contiguous()
-    if packed.shape[1] < words * 4:
-        packed = torch.nn.functional.pad(packed, (0, words * 4 - packed.shape[1]))
-    return packed.reshape(-1).view(torch.int32).reshape(rows, words)
+        packed = _pack_across_bytes(values, bits)
+    packed = packed[:, : words * 4]
+    packed = torch.nn.functional.pad(packed, (0, words * 4 - packed.shape[1]))
+    return packed.contiguous().reshape(-1).view(torch.int32).reshape(rows, words)
 
 
 def unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -52,16 +62,22 @@ def unpack_rows(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
             f"{words} packed words a row, {columns} values of {bits} bits take {packed_columns(columns, bits)}",
             "the tensor is damaged, or packed in another layout",
         )
+    values = torch.empty(rows, columns, dtype=torch.uint8, device=packed.device)
+    for panel in _panels(rows, columns):
+        values[panel] = _unpack_panel(packed[panel], bits, columns)
+    return values
+
+
+def _unpack_panel(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    rows, words = packed.shape
     raw = packed.contiguous().reshape(-1).view(torch.uint8).reshape(rows, words * 4)
-    if bits == 8:
-        return raw[:, :columns].contiguous()
-    if 8 % bits == 0:
-        per_byte, mask = 8 // bits, 2**bits - 1
-        values = torch.empty(rows, raw.shape[1], per_byte, dtype=torch.uint8, device=packed.device)
-        for position in range(per_byte):
-            torch.bitwise_and(raw >> (bits * position), mask, out=values[:, :, position])
-        return values.reshape(rows, words * 4 * per_byte)[:, :columns].contiguous()
-    return _unpack_across_bytes(raw, bits, columns)
+    if 8 % bits:
+        return _unpack_across_bytes(raw, bits, columns)
+    per_byte, mask = 8 // bits, 2**bits - 1
+    values = torch.empty(rows, raw.shape[1], per_byte, dtype=torch.uint8, device=packed.device)
+    for position in range(per_byte):
+        torch.bitwise_and(raw >> (bits * position), mask, out=values[:, :, position])
+    return values.reshape(rows, words * 4 * per_byte)[:, :columns]
 
 
 def _period(bits: int) -> int:
@@ -89,4 +105,4 @@ def _unpack_across_bytes(raw: torch.Tensor, bits: int, columns: int) -> torch.Te
     joined = (chunks << (torch.arange(nbytes, device=raw.device) * 8)).sum(dim=-1)
     shifts = torch.arange(period, device=raw.device) * bits
     values = (joined[:, :, None] >> shifts) & (2**bits - 1)
-    return values.to(torch.uint8).reshape(rows, chunked * period)[:, :columns].contiguous()
+    return values.to(torch.uint8).reshape(rows, chunked * period)[:, :columns]

@@ -113,7 +113,8 @@ class Report:
         from tersor.formats.report_html import render
 
         content = self.to_dict()
-        (folder / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (folder / "report.json").write_text(text, "utf-8", "backslashreplace")  # a path may hold what is not UTF-8
         (folder / "report.html").write_text(render(content), "utf-8")
 
     @classmethod
@@ -122,7 +123,7 @@ class Report:
         path = folder / "report.json"
         try:
             content = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise TersorError(f"{path}: no readable report ({error})", "run the command that makes it again") from error
         problems = validate(content)
         if problems:

@@ -12,7 +12,6 @@ import torch
 from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
 from tersor.kernels.group_range import (
     TILE,
-    WIDEST,
     check_group_size,
     minmax_scale,
     on_grid,
@@ -24,6 +23,8 @@ from tersor.kernels.group_range import (
     storage_code,
 )
 from torch import Tensor
+
+WIDEST = 4096  # columns of a group that are quantized and packed in registers; wider groups take one kernel per step
 
 # ---------------------------------------------------------------- codes for given scales
 
@@ -135,7 +136,7 @@ def _pack(codes, bits):
     unsigned = codes.view(torch.uint8) ^ 0x80 if bits == 8 else (codes + (1 << (bits - 1))).view(torch.uint8)
     if codes.shape[1] % per_word:
         unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % per_word))
-    packed = unsigned[:, :: 8 // bits].clone()
+    packed = unsigned[:, :: 8 // bits].clone(memory_format=torch.contiguous_format)
     for i in range(1, 8 // bits):
         packed |= unsigned[:, i :: 8 // bits] << (i * bits)
     return packed.view(torch.int32)

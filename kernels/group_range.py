@@ -11,7 +11,6 @@ from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
 from torch import Tensor
 
 CHUNK = 65536  # weights that the CPU paths process at a time: two float32 buffers of this size stay in a 1 MB cache
-WIDEST = 4096  # columns of a group that the fused Triton kernels hold in registers; wider groups take the torch path
 TILE = 1024  # weights that a program of the Triton kernels holds at a time: some groups, or a part of one
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
 from tersor.kernels.group_range import (
-    WIDEST,
+    TILE,
     check_group_size,
     minmax_scale,
     round_half_even,
@@ -57,6 +57,7 @@ def _search_clip_kernel(
     n,
     group_size,
     groups,
+    weight_row_stride,
     n_ratios,
     EPS: tl.constexpr,
     BITS: tl.constexpr,
@@ -66,30 +67,38 @@ def _search_clip_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """One program reads `BLOCK_N` groups of a contiguous weight once and tries all ratios on them in registers."""
+    """One program tries all ratios on `BLOCK_N` of the `n` groups, which it reads once per ratio, from cache but for the
+    first time."""
     LOWEST: tl.constexpr = -(2 ** (BITS - 1))
     item = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_COLUMNS)
-    inside = (item < n)[:, None] & (column < group_size)[None, :]
-    w = tl.load(weight_ptr + item[:, None] * group_size + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if WEIGHTED:
-        at = (item % groups)[:, None] * group_size + column[None, :]
-        importance = tl.load(column_weight_ptr + at, mask=inside, other=0.0)
-    low = tl.minimum(tl.min(w, axis=1), 0.0)
-    high = tl.maximum(tl.max(w, axis=1), 0.0)
+    start = weight_ptr + (item // groups) * weight_row_stride + (item % groups) * group_size
+    low = tl.zeros([BLOCK_N], tl.float32)
+    high = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, group_size, BLOCK_COLUMNS):
+        column = first + tl.arange(0, BLOCK_COLUMNS)
+        inside = (item < n)[:, None] & (column < group_size)[None, :]
+        w = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(w, axis=1))
+        high = tl.maximum(high, tl.max(w, axis=1))
     best_error = tl.full([BLOCK_N], float("inf"), tl.float32)
     best_scale = tl.full([BLOCK_N], 1.0, tl.float32)
     best_zero_point = tl.zeros([BLOCK_N], tl.float32)
     for i in range(n_ratios):
         ratio = tl.load(ratios_ptr + i)
         scale, zero_point = scale_of(low, high, ratio, EPS, BITS, SYMMETRIC, DTYPE)
-        code = tl.div_rn(w, scale[:, None] + w * 0) + zero_point[:, None]
-        code = round_half_even(tl.minimum(tl.maximum(code, LOWEST), -1 - LOWEST))
-        difference = w - (code - zero_point[:, None]) * scale[:, None]
-        difference = tl.where(inside, difference * difference, 0.0)
-        if WEIGHTED:
-            difference *= importance
-        error = tl.sum(difference, axis=1)
+        error = tl.zeros([BLOCK_N], tl.float32)
+        for first in range(0, group_size, BLOCK_COLUMNS):
+            column = first + tl.arange(0, BLOCK_COLUMNS)
+            inside = (item < n)[:, None] & (column < group_size)[None, :]
+            w = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            code = tl.div_rn(w, scale[:, None] + w * 0) + zero_point[:, None]
+            code = round_half_even(tl.minimum(tl.maximum(code, LOWEST), -1 - LOWEST))
+            difference = w - (code - zero_point[:, None]) * scale[:, None]
+            difference = tl.where(inside, difference * difference, 0.0)
+            if WEIGHTED:
+                at = (item % groups)[:, None] * group_size + column[None, :]
+                difference *= tl.load(column_weight_ptr + at, mask=inside, other=0.0)
+            error += tl.sum(difference, axis=1)
         better = error < best_error
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, scale, best_scale)
@@ -188,11 +197,12 @@ def search_clip(
     scale = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
     zero_point = None if symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
     importance = None if column_weight is None else column_weight.float().contiguous()
-    if kind == "triton" and size <= WIDEST:
-        block_columns = max(16, triton.next_power_of_2(size))
-        block_n = max(1, 1024 // block_columns)
+    if kind == "triton":
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        block_columns = min(TILE, triton.next_power_of_2(size))
+        block_n = TILE // block_columns
         _search_clip_kernel[(triton.cdiv(rows * groups, block_n),)](
-            weight.contiguous(),
+            weight,
             scale if importance is None else importance,
             torch.tensor(ratios, dtype=torch.float32, device=weight.device),
             scale,
@@ -200,6 +210,7 @@ def search_clip(
             rows * groups,
             size,
             groups,
+            weight.stride(0),
             len(ratios),
             EPS=torch.finfo(scale_dtype).eps,
             BITS=bits,

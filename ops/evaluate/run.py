@@ -120,7 +120,8 @@ def _require_head(skeleton: Skeleton, path: Path) -> None:
     head = model.get_output_embeddings() if model.can_generate() else None
     if head is None:
         raise TersorError(
-            f"{path}: a {type(model).__name__} does not predict the next token", "perplexity needs a causal language model"
+            f"{path}: a {type(model).__name__} does not predict the next token",
+            "perplexity needs a causal language model",
         )
     name = next(name for name, module in model.named_modules() if module is head) + ".weight"
     if name not in skeleton.by_parameter and head.weight is not model.get_input_embeddings().weight:

@@ -97,10 +97,10 @@ def build_plan(
     expert_widths = frozenset(linear.shape[1] for linear in selection.linears.values() if EXPERT.search(linear.name))
     for linear in selection.linears.values():
         settings = policy_for(policy or [], linear.name)
+        wanted = _scheme_of(scheme, settings, linear.name)
         if settings.get("keep"):
             _keep(plan, linear, "kept dense by the policy")
             continue
-        wanted = _scheme_of(scheme, settings, linear.name)
         peers = expert_widths if EXPERT.search(linear.name) else frozenset()
         fitted, fallback = fit_group(wanted, linear.shape[1], peers)
         if fallback and strict:
@@ -122,10 +122,10 @@ def build_plan(
         plan.steps[linear.name] = Step(linear, fitted, scale_dtype, layout, fallback or "linear layer in a block")
         del plan.kept[linear.name]
     if not plan.steps:
-        name = next(iter(selection.linears), next(iter(selection.reasons), None))
-        example = f": {name} is kept ({plan.kept[name]})" if name else ": it has none of two dimensions"
+        names = sorted([*selection.linears, *selection.reasons], key=lambda name: not re.search(r"\.\d+\.", name))
+        example = f"{names[0]} is kept ({plan.kept[names[0]]})" if names else "it has none of two dimensions"
         raise TersorError(
-            f"{checkpoint.path}: no tensor is left to quantize{example}", "check --include, --exclude and --policy"
+            f"{checkpoint.path}: no tensor is left to quantize: {example}", "check --include, --exclude and --policy"
         )
     for name, info in checkpoint.tensors.items():
         plan.layout |= plan.steps[name].layout if name in plan.steps else {name: (info.dtype, info.shape)}

@@ -118,7 +118,7 @@ def test_dash_without_input(command, lines):
 
 
 def shell(line: str, cwd: Path) -> subprocess.CompletedProcess:
-    prefix = f"tersor() {{ {shlex.join(TERSOR)} \"$@\"; }}\nset -o pipefail\n"
+    prefix = f'tersor() {{ {shlex.join(TERSOR)} "$@"; }}\nset -o pipefail\n'
     return subprocess.run(["bash", "-c", prefix + line], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 

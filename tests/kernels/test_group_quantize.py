@@ -162,3 +162,12 @@ def test_triton_packing_equals_the_reference(on_triton, rows, groups, size, bits
     expected = reference_quantize_and_pack(weight, bits, size, symmetric, scale_dtype)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert symmetric or torch.equal(found[2], expected[2])
+
+
+@pytest.mark.triton
+def test_triton_packs_wide_groups_step_by_step(on_triton, monkeypatch):
+    monkeypatch.setattr("tersor.kernels.group_quantize.WIDEST", 32)
+    weight = random_weight(3, 128, torch.float32, 0)
+    found = on_triton(quantize_and_pack, weight, 4, 64, False, torch.bfloat16)
+    expected = reference_quantize_and_pack(weight, 4, 64, False, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

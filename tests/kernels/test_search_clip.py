@@ -125,3 +125,15 @@ def test_triton_finds_the_best_ratio(on_triton, rows, groups, size, bits, symmet
     found = error(weight, *found, bits, size, column_weight)
     expected = error(weight, *expected, bits, size, column_weight)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("weighted", [False, True])
+def test_triton_walks_over_wide_groups_and_takes_strided_weights(on_triton, monkeypatch, weighted):
+    monkeypatch.setattr("tersor.kernels.search_clip.TILE", 16)
+    weight, column_weight = case(5, 2, 70, weighted, 0)
+    padded = torch.cat((torch.full((5, 10), 9.0), weight), 1)
+    for view in (padded[:, 10:], weight.t().contiguous().t()):
+        arguments = (view, 4, 70, False, torch.bfloat16, column_weight)
+        found, expected = on_triton(search_clip, *arguments), reference_search_clip(*arguments)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

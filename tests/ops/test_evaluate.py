@@ -181,7 +181,9 @@ def test_memory_cap_changes_nothing(family, short):
     assert capped == free
 
 
-@pytest.mark.parametrize(("name", "word"), [("bert", "BertModel"), ("bert-mlm", "BertForMaskedLM"), ("roberta", "Roberta")])
+@pytest.mark.parametrize(
+    ("name", "word"), [("bert", "BertModel"), ("bert-mlm", "BertForMaskedLM"), ("roberta", "Roberta")]
+)
 def test_no_causal_model(name, word, family, short):
     with pytest.raises(TersorError, match=word) as caught:
         evaluate(Request(str(family(name)), str(short), SEQ_LEN))
@@ -225,7 +227,7 @@ def test_refused(settings, words, family, short):
 
 
 def test_models_with_other_vocabularies(family, short):
-    with pytest.raises(TersorError, match="tokenizer|embeddings"):
+    with pytest.raises(TersorError, match="64 embeddings"):
         evaluate(
             Request(str(family("llama")), str(short), SEQ_LEN, compare=str(family("llama", vocab_size=64))),
         )
@@ -254,7 +256,9 @@ def test_record(quantized, short, tmp_path):
     folder = shutil.copytree(quantized, tmp_path / "model")
     before = json.loads((folder / "report.json").read_text())
     (folder / "report.html").unlink()
-    result = run("evaluate", folder, "--text", short, "--seq-len", SEQ_LEN, "--max-windows", 2, "--record", "--json", "-q")
+    result = run(
+        "evaluate", folder, "--text", short, "--seq-len", SEQ_LEN, "--max-windows", 2, "--record", "--json", "-q"
+    )
     assert result.exit_code == 0, result.stderr
     after = json.loads((folder / "report.json").read_text())
     assert after["quality"] == json.loads(result.stdout)["quality"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_quantize_after_dense(model, tmp_path):
     assert [step["command"] for step in steps] == ["quantize", "convert", "quantize"]
     assert [step["args"].get("scheme", step["args"].get("to")) for step in steps] == ["w8a16", "dense", "w4a16"]
     assert [step["output"]["path"] for step in steps] == [str(tmp_path / name) for name in "abc"]
-    for earlier, later in zip(steps, steps[1:], strict=False):
+    for earlier, later in pairwise(steps):
         assert later["input"]["fingerprint"] == earlier["output"]["fingerprint"]
         assert later["input"]["bytes"] == earlier["output"]["bytes"]
     assert found["input"]["fingerprint"] == Checkpoint(tmp_path / "b").fingerprint()
@@ -137,7 +138,7 @@ def test_evaluate_sees_the_same_model_in_every_form(model, text, tmp_path):
 def test_convert_of_shards(to, model, tmp_path):
     """The parts of one layer lie in different files; the output is that of the single file."""
     ok("quantize", model, "-o", tmp_path / "whole", "--group-size", 32)
-    parted = shards(shutil.copytree(tmp_path / "whole", tmp_path / "parted"), 3)
+    shards(shutil.copytree(tmp_path / "whole", tmp_path / "parted"), 3)
     for name in ("whole", "parted"):
         ok("convert", tmp_path / name, "-o", tmp_path / f"{name}-{to}", "--to", to)
     assert same(decoded(tmp_path / f"parted-{to}"), decoded(tmp_path / f"whole-{to}"))
@@ -148,7 +149,9 @@ def test_convert_of_shards(to, model, tmp_path):
 def test_quantize_of_shards(model, tmp_path):
     ok("quantize", model, "-o", tmp_path / "whole", "--group-size", 32)
     ok("quantize", shards(model, 3), "-o", tmp_path / "parted", "--group-size", 32)
-    assert same(load_file(tmp_path / "parted" / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors"))
+    assert same(
+        load_file(tmp_path / "parted" / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
+    )
 
 
 def test_output_in_shards(model, tmp_path, monkeypatch):
@@ -204,7 +207,11 @@ def test_bare_file_cannot_be_run(command, model, text, tmp_path):
 def test_quantized_file_without_its_config(model, tmp_path):
     """Codes mean nothing without the config that says how they are packed."""
     ok("quantize", model, "-o", tmp_path / "a", "--group-size", 32)
-    for command in (["convert", "-o", tmp_path / "out", "--to", "dense"], ["quantize", "-o", tmp_path / "out"], ["verify"]):
+    for command in (
+        ["convert", "-o", tmp_path / "out", "--to", "dense"],
+        ["quantize", "-o", tmp_path / "out"],
+        ["verify"],
+    ):
         result = run(command[0], tmp_path / "a" / "model.safetensors", *command[1:])
         assert result.exit_code == 1
         assert "quantization_config" in result.stderr
