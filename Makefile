@@ -70,7 +70,7 @@ bench: $(SMOLLM2)/config.json $(PEERS_READY) bench-kernels
 	  --sharded-model $(CACHE)/random-1b-4shards
 
 bench-kernels: $(READY)
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernel_speed.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers $(CACHE) $(OUT) build *.egg-info

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,17 +43,35 @@ def partial_path(out: Path) -> Path:
 
 def check_output(out: Path, source: Path | None, force: bool, resume: bool) -> None:
     """Refuse an output that would destroy something. Raises TersorError; touches nothing."""
-    if source is not None and out.resolve() == source.resolve():
-        raise TersorError(f"{out}: is the input", "choose another output folder")
+    if source is not None:
+        target, origin = out.resolve(), source.resolve()
+        if target == origin:
+            raise TersorError(f"{out}: is the input", "choose another output folder")
+        if target in origin.parents or (origin.is_dir() and origin in target.parents):
+            where = "holds the input" if target in origin.parents else "lies inside the input"
+            raise TersorError(f"{out}: {where}", "choose another output folder")
     if out.exists() and not out.is_dir():
         raise TersorError(f"{out}: exists and is not a folder", "choose another output folder")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise TersorError(f"{out}: exists and is not empty", "choose another output folder, or replace it with --force")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise TersorError(
+                f"{out}: exists and is not empty", "choose another output folder, or replace it with --force"
+            )
+        if not _holds_checkpoint(out):
+            raise TersorError(
+                f"{out}: holds no checkpoint, and --force replaces nothing else", "empty it, or choose another folder"
+            )
     if partial_path(out).exists() and not (force or resume):
         raise TersorError(
             f"{partial_path(out)}: left by a run that did not finish",
             "continue it with --resume, or start over with --force",
         )
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return any(
+        path.name in ("config.json", "report.json") or path.suffix == ".safetensors" for path in folder.iterdir()
+    )
 
 
 class CheckpointWriter:
@@ -176,9 +195,7 @@ class CheckpointWriter:
             (self.partial / "journal.jsonl").unlink()
             _sync(self.partial)
             if self.out.exists() and any(self.out.iterdir()):  # only with --force, see check_output
-                old = self.out.with_name(self.out.name + ".replaced")
-                if old.exists():
-                    shutil.rmtree(old)
+                old = _free_name(self.out.with_name(self.out.name + ".replaced"))
                 os.rename(self.out, old)
                 os.rename(self.partial, self.out)
                 shutil.rmtree(old)
@@ -201,6 +218,13 @@ class CheckpointWriter:
             self._close()
         if not keep:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or `path.1`, `path.2` …: the first that is not there."""
+    return next(
+        name for name in chain([path], (path.with_name(f"{path.name}.{n}") for n in count(1))) if not name.exists()
+    )
 
 
 @contextmanager

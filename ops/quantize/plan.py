@@ -89,6 +89,12 @@ def build_plan(
             f"{checkpoint.path}: is quantized already", "make it dense first: tersor convert MODEL --to dense -o DENSE"
         )
     selection = select(checkpoint, include, exclude)
+    conv1d = next((linear.name for linear in selection.linears.values() if linear.transposed), None)
+    if checkpoint.config is None and conv1d is not None:
+        raise TersorError(
+            f"{conv1d}: is stored as [in, out], which only a config.json can tell whoever reads the codes",
+            "give the whole checkpoint folder",
+        )
     plan = Plan(choose_format(checkpoint, format), dense_modules=[*selection.dense_modules, *selection.tables])
     encoding = encodings.encoding(plan.format)
     plan.kept = {name: selection.reasons.get(name, "fewer than two dimensions") for name in checkpoint.tensors}
@@ -185,7 +191,11 @@ def _warn(plan: Plan, family: str | None) -> None:
         )
     if any(step.scheme.bits in (2, 3) and step.scheme.kind == "int" for step in plan.steps.values()):
         plan.warnings.append("2 and 3 bit weights lose quality fast: compare with tersor evaluate --compare before use")
-    if plan.format != "compressed-tensors":
+    if plan.format == "gptq":
+        if any(not step.scheme.symmetric for step in plan.steps.values()):
+            plan.warnings.append(
+                "GPTQModel takes asymmetric gptq files from its own writer only; vLLM and AutoGPTQ take them as they are"
+            )
         return
     schemes = [step.scheme for step in plan.steps.values()]
     whole = "load it with quantization_config=CompressedTensorsConfig(dequantize=True)"

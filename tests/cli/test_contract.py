@@ -1,12 +1,10 @@
-"""The command contract: what goes to stdout, exit codes, error lines, help, dry runs, pipes, interruption, --force."""
+"""The command contract: what goes to stdout, exit codes, error lines, help, dry runs, pipes, interruption."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,43 +13,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from command_line import COMMANDS, assert_refused, run
 from tersor.cli import common
 from tersor.cli.main import app
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
-from typer.testing import CliRunner
 
 TERSOR = [sys.executable, "-m", "tersor.cli.main"]
-COMMANDS = sorted(typer.main.get_command(app).commands)
-
-
-def run(*arguments, **options):
-    """In this process: what a command prints and how it exits."""
-    return CliRunner().invoke(app, [str(part) for part in arguments], **options)
-
-
-@pytest.fixture(scope="module")
-def quantized(family, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("quantized") / "out"
-    assert run("quantize", family("llama"), "-o", out, "--group-size", 32).exit_code == 0
-    return out
-
-
-def each_command(model: Path, quantized: Path, text: Path, out: Path) -> dict[str, list]:
-    """A short line for every command, each of which succeeds."""
-    return {
-        "convert": ["convert", quantized, "-o", out, "--to", "gptq"],
-        "evaluate": ["evaluate", quantized, "--text", text, "--seq-len", 32, "--max-windows", 2],
-        "quantize": ["quantize", model, "-o", out, "--group-size", 32],
-        "verify": ["verify", quantized],
-    }
-
-
-@pytest.fixture
-def lines(family, quantized, text, tmp_path):
-    found = each_command(family("llama"), quantized, text, tmp_path / "out")
-    assert sorted(found) == COMMANDS
-    return found
 
 
 # --- stdout and stderr ------------------------------------------------------------------------------------------------
@@ -164,17 +132,6 @@ def test_nobody_reads_stdout(lines, tmp_path):
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------
-
-
-def assert_refused(result, *words: str) -> None:
-    """Exit 1, one line of error, one of hint, nothing else that matters."""
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["error", "hint"], result.stderr
-    assert all(line.split(": ", 1)[1].strip() for line in lines)
-    for word in words:
-        assert word in result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -386,74 +343,7 @@ def test_dry_run_for_people(family, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- output -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["convert", "quantize"])
-@pytest.mark.parametrize("force", [[], ["--force"]])
-def test_output_is_the_input(command, force, lines, quantized):
-    given = [str(part) for part in lines[command]]
-    model = Path(given[1])
-    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
-    for spelling in (model, model / ".." / model.name, os.path.relpath(model)):
-        given[given.index("-o") + 1] = str(spelling)
-        assert_refused(run(*given, *force), "is the input")
-    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
-
-
-def test_output_is_a_link_to_the_input(lines, tmp_path, quantized):
-    (tmp_path / "link").symlink_to(quantized)
-    assert_refused(run("convert", quantized, "-o", tmp_path / "link", "--to", "gptq", "--force"), "is the input")
-
-
-def test_output_exists(lines, tmp_path):
-    (tmp_path / "out").mkdir()
-    assert run(*lines["quantize"]).exit_code == 0  # empty: taken
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert_refused(run(*lines["quantize"]), "not empty", "--force")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-
-
-def test_output_is_a_file(lines, tmp_path):
-    (tmp_path / "out").write_text("mine")
-    assert_refused(run(*lines["quantize"], "--force"), "not a folder")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_force_replaces_the_whole_folder(lines, tmp_path):
-    """Nothing of the earlier checkpoint is left among the new one's files."""
-    assert run(*lines["quantize"], "--format", "gptq").exit_code == 0
-    assert (tmp_path / "out" / "quantize_config.json").exists()
-    assert run(*lines["quantize"], "--force").exit_code == 0
-    assert not (tmp_path / "out" / "quantize_config.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert run("verify", tmp_path / "out").exit_code == 0
-
-
-def test_force_keeps_the_old_output_until_the_new_one_is_whole(lines, tmp_path, quantized):
-    assert run(*lines["quantize"]).exit_code == 0
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    broken = shutil.copytree(quantized, tmp_path / "broken")
-    path = broken / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-64] + b"\xff" * 64)  # NaN in the last tensor
-    result = run("convert", broken, "-o", tmp_path / "out", "--to", "dense", "--force", "-q")
-    assert_refused(result)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-
-
-def test_partial_output_of_an_earlier_run(lines, tmp_path):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "journal.jsonl").write_text("")
-    assert_refused(run(*lines["quantize"]), "did not finish", "--resume", "--force")
-    assert run(*lines["quantize"], "--force").exit_code == 0
-    assert not partial.exists()
-
-
-def test_output_in_a_folder_that_is_not_there_yet(lines, tmp_path):
-    given = [str(part) for part in lines["quantize"]]
-    given[given.index("-o") + 1] = str(tmp_path / "a" / "b")
-    assert run(*given).stdout == f"{tmp_path / 'a' / 'b'}\n"
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 def test_progress_is_plain_lines_now_and_then(capsys, monkeypatch):

@@ -1,6 +1,6 @@
 """Every kernel family on the device at hand: tersor's path, its plain-torch definition, what a user would take instead.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--rows 8192 --columns 8192]
+    python benchmarks/kernel_speed.py [--device cpu|cuda] [--rows 8192 --columns 8192]
 
 The limit of a case is the time that its bytes take at the memory bandwidth of a copy, or its operations at the speed of
 a large matrix product, whichever is longer; both are measured in the same run. int8 and 8-bit floats are given twice the
