@@ -14,6 +14,7 @@ class Scheme:
     `tensor` (everything), `block` (a tile of `block` rows by columns).
     `activations` is what a runtime does to the layer's input: nothing (None), or dynamic quantization per token
     to int8 or fp8, or per token and 128 columns to fp8 (`fp8-group`, what block-wise fp8 weights pair with).
+    `least_zero_point` is the smallest zero point, counted from the lowest code, that the encoding can hold.
     `gptq_v2` marks zero points read from a GPTQ v2 file, which holds them as they are; v1 holds them less one.
     """
 
@@ -24,6 +25,7 @@ class Scheme:
     group_size: int | None = None
     block: tuple[int, int] | None = None
     activations: Literal["int8", "fp8", "fp8-group"] | None = None
+    least_zero_point: int = 0
     gptq_v2: bool = False
 
     def groups(self, columns: int) -> int:

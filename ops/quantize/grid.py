@@ -28,17 +28,19 @@ def find_grid(
     size = scheme.group_size if scheme.strategy == "group" else weight.shape[1]
     ratios = {} if clip else {"ratios": (1.0,)}
     grid = search_clip(weight, scheme.bits, size, scheme.symmetric, scale_dtype, column_weight=column_weight, **ratios)
-    return grid if scheme.symmetric else _above_lowest(*grid, scheme.bits)
+    if scheme.symmetric or not scheme.least_zero_point:
+        return grid
+    return _raise_zero_point(*grid, scheme.bits)
 
 
-def _above_lowest(scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero points above the lowest code, with a scale wider by that one step.
+def _raise_zero_point(scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero points at the lowest code move up by one, and their scales grow so that the range is still covered.
 
-    Only a group without negative weights wants the lowest; GPTQ v1 stores zero points less one and cannot hold it.
+    Groups with hardly a negative weight want the lowest; GPTQ v1 stores zero points less one and cannot hold it.
     """
-    at_lowest = zero_point == -(2 ** (bits - 1))
+    lowest = zero_point == -(2 ** (bits - 1))
     steps = 2**bits - 1
-    return torch.where(at_lowest, scale * (steps / (steps - 1)), scale), zero_point + at_lowest.to(zero_point.dtype)
+    return torch.where(lowest, scale * (steps / (steps - 1)), scale), zero_point + lowest.to(zero_point.dtype)
 
 
 def round_to_nearest(

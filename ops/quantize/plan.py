@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tersor.formats import encodings
 from tersor.formats.checkpoint import Checkpoint
@@ -109,6 +109,8 @@ def build_plan(
             continue
         peers = expert_widths if EXPERT.search(linear.name) else frozenset()
         fitted, fallback = fit_group(wanted, linear.shape[1], peers)
+        if plan.format == "gptq" and not fitted.symmetric:
+            fitted = replace(fitted, least_zero_point=1)
         if fallback and strict:
             fits = (
                 "--scheme fp8 takes any width"

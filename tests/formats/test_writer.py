@@ -402,6 +402,9 @@ def test_check_output(tmp_path):
     (out / "x").write_text("mine")
     with pytest.raises(TersorError, match="not empty"):
         check_output(out, source, force=False, resume=True)
+    with pytest.raises(TersorError, match="holds no checkpoint"):
+        check_output(out, source, force=True, resume=False)
+    (out / "config.json").write_text("{}")
     check_output(out, source, force=True, resume=False)
     (tmp_path / "link").symlink_to(source)
     for path in (source, tmp_path / "link", tmp_path / "out" / ".." / "source"):
@@ -419,10 +422,10 @@ def test_commit_replaces_an_old_output_whole(tmp_path):
     out = tmp_path / "out"
     (out / "sub").mkdir(parents=True)
     (out / "sub" / "old.txt").write_text("old")
-    out.with_name("out.replaced").mkdir()  # left by a kill between two renames
+    out.with_name("out.replaced").mkdir()  # someone else's, or left by a kill between two renames
     write_all(out)
     assert os.listdir(out) == ["model.safetensors"]
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.replaced"]
 
 
 def test_side_files_travel_byte_for_byte(tmp_path):

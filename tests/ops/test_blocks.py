@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
@@ -13,6 +12,7 @@ from tersor.ops.model import blocks, spill
 from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.skeleton import Skeleton, weight_matrix
 from tersor.ops.model.spill import SpillPool
+from tiny_models import FAMILIES
 
 CPU = torch.device("cpu")
 

@@ -9,13 +9,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tersor.formats.errors import TersorError
 from tersor.ops.model.calibration import cut_windows, load_windows, special_tokens
 from tersor.ops.model.statistics import KINDS, PANEL_COLUMNS, InputStatistics
 from tersor.ops.model.text import default_text, load_text
+from tiny_models import byte_tokenizer
 
 # ---- text
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import BASE, BERT, FAMILIES, VOCAB, byte_tokenizer
 from safetensors.torch import load_file
 from tersor.cli.main import app
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
+from tiny_models import BASE, BERT, FAMILIES, VOCAB, byte_tokenizer
 from transformers import CompressedTensorsConfig
 from typer.testing import CliRunner
 
