@@ -178,7 +178,7 @@ def _fix_columns(kind, work, factor, scale, zero_point, group_index, keep, bits,
     `[rows, B]`."""
     if kind == "triton":
         _block_triton(work, factor, scale, zero_point, group_index, keep, bits, codes, error)
-    elif kind == "reference":
+    elif kind == "reference" or work.device.type != "cpu":
         expanded = [None if t is None else t[:, group_index] for t in (scale, zero_point)]
         new_codes, quantized, new_error = reference_compensate_block(work.t(), factor, *expanded, bits, keep)
         work.copy_(quantized.t())

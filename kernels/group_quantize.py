@@ -8,6 +8,7 @@ compressed-tensors format."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
 from tersor.kernels.group_range import (
@@ -17,11 +18,11 @@ from tersor.kernels.group_range import (
     on_grid,
     reference_minmax_scale,
     round_half_even,
-    row_chunks,
     same_strides,
     scale_of,
     storage_code,
 )
+from tersor.kernels.loops import array, compiled, over_rows
 from torch import Tensor
 
 WIDEST = 4096  # columns of a group that are quantized and packed in registers; wider groups take one kernel per step
@@ -70,6 +71,20 @@ def _group_quantize_kernel(
     tl.store(out_ptr + row * out_row_stride + column, code.to(tl.int8), mask=inside)
 
 
+@compiled
+def _codes(weight, scale, zero_point, low, high, out, begin, end):
+    """Codes of rows `begin..end`. `scale` and `zero_point` `[rows, G]`; `zero_point` may be empty."""
+    size = weight.shape[1] // max(1, scale.shape[1])
+    for row in range(begin, end):
+        for group in range(scale.shape[1]):
+            values = weight[row, group * size : (group + 1) * size]
+            codes = out[row, group * size : (group + 1) * size]
+            s = scale[row, group]
+            z = zero_point[row, group] if len(zero_point) else np.float32(0)
+            for i in range(len(values)):
+                codes[i] = np.int8(min(max(np.rint(values[i] / s + z), low), high))
+
+
 def group_quantize(
     weight: Tensor,
     scale: Tensor,
@@ -114,16 +129,14 @@ def group_quantize(
             BLOCK=block,
         )
         return out if target is out else out.copy_(target)
-    chunks = row_chunks(rows, columns)
-    buffer = torch.empty(chunks[0][1] if chunks else 0, groups, size, device=weight.device)
-    for first, last in chunks:
-        work = buffer[: last - first]
-        work.copy_(weight[first:last].unflatten(1, (groups, size)))
-        work.div_(scale[first:last, :, None].float())
-        if zero_point is not None:
-            work.add_(zero_point[first:last, :, None].float())
-        out[first:last].copy_(work.round_().clamp_(low, high).view(last - first, columns))
-    return out
+    if weight.device.type != "cpu":
+        return out.copy_(reference_group_quantize(weight, scale, zero_point, bits, size))
+    values = array(weight, torch.float32, 2)
+    grid = array(scale, torch.float32, 2), array(zero_point, torch.float32, 2)
+    limits = np.float32(low), np.float32(high)
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    over_rows(lambda first, last: _codes(values, *grid, *limits, target.numpy(), first, last), rows)
+    return out if target is out else out.copy_(target)
 
 
 # ---------------------------------------------------------------- min-max scales, codes and packing in one pass

@@ -6,8 +6,10 @@ format."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from tersor.kernels.dispatch import backend, check, integer_range, tl, triton
+from tersor.kernels.loops import array, compiled, over_rows
 from torch import Tensor
 
 CHUNK = 65536  # weights that the CPU paths process at a time: two float32 buffers of this size stay in a 1 MB cache
@@ -163,14 +165,35 @@ def minmax_scale(
             BLOCK_COLUMNS=block_columns,
         )
         return scale.to(scale_dtype), zero_point
-    low = torch.empty(rows, groups, device=weight.device)
-    high = torch.empty_like(low)
-    for first, last in row_chunks(*weight.shape):
-        chunk = weight[first:last].unflatten(1, (groups, size)).float()
-        torch.amin(chunk, 2, out=low[first:last])
-        torch.amax(chunk, 2, out=high[first:last])
-    scale, zero_point = scales_for(low.clamp_(max=0), high.clamp_(min=0), 1.0, bits, symmetric, scale_dtype)
+    scale, zero_point = scales_for(*extremes(weight, groups), 1.0, bits, symmetric, scale_dtype)
     return scale.to(scale_dtype), None if zero_point is None else zero_point.to(torch.int8)
+
+
+@compiled
+def _extremes(bits, low, high, begin, end):
+    """Of rows `begin..end`, as int32 bits of float32. Flipping the lower bits of negative values orders them as integers,
+    whose minimum is vector code where that of floats is not; NaN is the largest."""
+    size = bits.shape[1] // low.shape[1]
+    for row in range(begin, end):
+        for group in range(low.shape[1]):
+            values = bits[row, group * size : (group + 1) * size]
+            smallest = largest = np.int32(0)
+            for i in range(len(values)):
+                key = np.int32(values[i] ^ ((values[i] >> 31) & np.int32(0x7FFFFFFF)))
+                smallest, largest = min(key, smallest), max(key, largest)
+            low[row, group] = smallest ^ ((smallest >> 31) & np.int32(0x7FFFFFFF))
+            high[row, group] = largest
+
+
+def extremes(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Smallest value or zero, and largest value or zero, of each group of `weight` `[out, in]`: float32 `[out, G]`."""
+    if weight.device.type != "cpu":
+        grouped = weight.float().unflatten(1, (groups, -1))
+        return grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+    low, high = torch.empty(2, weight.shape[0], groups, dtype=torch.int32)
+    bits = array(weight, torch.float32, 2).view(np.int32)
+    over_rows(lambda first, last: _extremes(bits, low.numpy(), high.numpy(), first, last), weight.shape[0])
+    return low.view(torch.float32), high.view(torch.float32)
 
 
 def scales_for(low, high, ratio, bits, symmetric, scale_dtype):

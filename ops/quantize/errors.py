@@ -7,8 +7,7 @@ import math
 import torch
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.scheme import Scheme
-
-CHUNK_WEIGHTS = 1 << 17
+from tersor.kernels.quantization_error import quantization_error
 
 
 class ErrorSums:
@@ -19,23 +18,17 @@ class ErrorSums:
         self.zeros = self.count = 0
 
     def add(self, weight: torch.Tensor, quantized: QuantizedWeight, scheme: Scheme) -> None:
-        """`weight` `[rows, in]` and what became of it, compared in pieces that stay in the cache."""
-        rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
-        if scheme.strategy in ("tensor", "block"):
-            rows = weight.shape[0]
-        for start in range(0, weight.shape[0], rows):
-            piece = slice(start, start + rows)
-            part = QuantizedWeight(
-                quantized.codes[piece],
-                quantized.scale[piece] if scheme.strategy in ("group", "channel") else quantized.scale,
-                None if quantized.zero_point is None else quantized.zero_point[piece],
-            )
-            original = weight[piece].float()
-            difference = dequantize(part, scheme).sub_(original)
-            self.error += float(torch.linalg.vector_norm(difference)) ** 2
-            self.squares += float(torch.linalg.vector_norm(original)) ** 2
-            self.zeros += original.numel() - int(torch.count_nonzero(original))
-            self.count += original.numel()
+        """`weight` `[rows, in]` and what became of it."""
+        if scheme.kind == "int" and scheme.strategy in ("group", "channel") and quantized.group_index is None:
+            error, squares, zeros = quantization_error(weight, *quantized[:3])
+        else:
+            original = weight.float()
+            error = float((dequantize(quantized, scheme) - original).square().sum())
+            squares, zeros = float(original.square().sum()), int((original == 0).sum())
+        self.error += error
+        self.squares += squares
+        self.zeros += zeros
+        self.count += weight.numel()
 
     def numbers(self) -> dict:
         relative = self.error / self.squares if self.squares else 0.0

