@@ -21,6 +21,7 @@ from measure import Measured, measure, peer_versions, save, use_cores
 HERE = Path(__file__).parent
 HELDOUT = HERE / "data" / "heldout.txt"
 WINDOW = 512
+SCORED = 64  # windows of the text
 
 
 def tersor(*arguments: object) -> list[str]:
@@ -28,7 +29,7 @@ def tersor(*arguments: object) -> list[str]:
 
 
 def perplexity(model: Path, text: Path) -> dict:
-    command = tersor("evaluate", model, "--text", text, "--seq-len", WINDOW, "--json", "-q")
+    command = tersor("evaluate", model, "--text", text, "--seq-len", WINDOW, "--max-windows", SCORED, "--json", "-q")
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["quality"]
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--text", type=Path, default=HELDOUT)
+    parser.add_argument("--awq", action="store_true", help="a row for our awq too, which takes minutes")
     parser.add_argument("--threads", type=int, default=2, help="cores and threads that each tool gets")
     arguments = parser.parse_args()
     threads = use_cores(arguments.threads)
@@ -61,6 +63,8 @@ def main() -> None:
                 str(work / "peer"), str(work / "windows.json"), str(arguments.group_size),
             ],
         }  # fmt: skip
+        if not arguments.awq:
+            del runs["tersor awq"]
         for name, command in runs.items():
             print(f"running {name} …", file=sys.stderr)
             output = work / (name.split()[1] if name.startswith("tersor") else "peer")

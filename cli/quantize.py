@@ -81,8 +81,8 @@ def quantize(
     What would happen:
       tersor quantize MODEL --scheme w4a16 --dry-run
 
-    Embeddings, routers, norms and the output head stay as they are; --include adds, --exclude removes. The output loads in
-    transformers and vLLM.
+    Embeddings, routers, norms and the output head stay as they are, unless --include names them; then only what it
+    matches is quantized. --exclude leaves layers out. The output loads in transformers and vLLM.
     """
     with common.reported_errors(debug):
         from tersor.ops.quantize.run import Request, plan

@@ -27,11 +27,8 @@ from tersor.ops.quantize.data_free import quantize_tensor
 from tersor.ops.quantize.errors import ErrorSums, output_error
 from tersor.ops.quantize.gptq import GPTQ
 from tersor.ops.quantize.plan import Plan, Step
-from tersor.ops.quantize.rtn import RTN
+from tersor.ops.quantize.rtn import FEWEST_TOKENS, RTN
 from torch import nn
-
-# Below this many tokens per input column the statistics of an expert say little; it is rounded to nearest instead.
-FEWEST_TOKENS = 16
 
 
 def quantize_blocks(
@@ -51,7 +48,7 @@ def quantize_blocks(
         method = GPTQ(request.damping, request.activation_order, request.clip, request.keep_zeros)
     else:
         method = AWQ(request.clip)
-    job = _Job(checkpoint, plan, writer, run, method, device)
+    job = _Job(checkpoint, plan, writer, run, method, RTN(request.clip), device)
     for index in range(len(run)):
         progress("blocks", index, len(run))
         unit = skeleton.block_name(index)
@@ -76,12 +73,11 @@ def quantize_blocks(
 class _Job:
     """What the blocks of one run share."""
 
-    def __init__(self, checkpoint, plan, writer, run: BlockPass, method, device):
+    def __init__(self, checkpoint, plan, writer, run: BlockPass, method, rtn: RTN, device):
         self.checkpoint, self.plan, self.writer = checkpoint, plan, writer
-        self.run, self.method, self.device = run, method, device
+        self.run, self.method, self.rtn, self.device = run, method, rtn, device
         self.skeleton = run.skeleton
         self.encoding = encodings.encoding(plan.format)
-        self.rtn = RTN()
         self.starved: list[str] = []
         self.written: set[str] = set()
 

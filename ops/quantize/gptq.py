@@ -16,6 +16,7 @@ from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.quantize.grid import find_grid, round_to_nearest
 
 DAMPING = 0.01
+LEAST_DAMPING = 1e-4  # after none was not enough
 MOST_DAMPING = 10.0
 
 
@@ -78,7 +79,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     hessian = hessian.clone()
     hessian.diagonal()[dead] = mean if mean > 0 else 1.0
     share = damping
-    while share <= MOST_DAMPING:
+    while True:
         damped = hessian.clone()
         damped.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -86,8 +87,9 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and bool(torch.isfinite(upper).all()):
                 return upper
-        share *= 10
-    raise TersorError(
-        f"the Hessian of {len(hessian)} inputs is not positive definite with damping {MOST_DAMPING}",
-        "look for NaN or huge activations, or use more calibration text",
-    )
+        if share >= MOST_DAMPING:
+            raise TersorError(
+                f"the Hessian of {len(hessian)} inputs is not positive definite with damping {share}",
+                "look for NaN or huge activations, or use more calibration text",
+            )
+        share = max(10 * share, LEAST_DAMPING)

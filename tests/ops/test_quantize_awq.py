@@ -215,11 +215,11 @@ def test_error_of_the_search_is_that_of_the_outputs():
     found, exponent = search_scale([weight], statistics, [(scheme, torch.float32)], clip=False)
     assert 0 < exponent < 1
     errors = {}
-    for step in range(20):
-        scale = inputs.abs().mean(0).clamp(min=1e-4) ** (step / 20)
+    for step in range(awq.GRID):
+        scale = inputs.abs().mean(0).clamp(min=1e-4) ** (step / awq.GRID)
         scale = scale / (scale.max() * scale.min()).sqrt()
         decoded = dequantize(round_to_nearest(weight * scale, scheme, torch.float32, clip=False), scheme) / scale
-        errors[step / 20] = float(((decoded - weight) @ inputs.T).square().sum())
+        errors[step / awq.GRID] = float(((decoded - weight) @ inputs.T).square().sum())
     assert errors[exponent] <= min(errors.values()) * 1.001
     assert found.max() * found.min() == pytest.approx(1, rel=1e-4)
 

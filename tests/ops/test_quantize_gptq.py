@@ -349,3 +349,11 @@ def test_layers_outside_the_blocks(family, text, tmp_path):
     original = DenseView(Checkpoint(family("llama"))).read("lm_head.weight")
     expected = round_to_nearest(original, scheme_from_name("w4a16", 32), torch.bfloat16)
     assert torch.equal(DenseView(Checkpoint(tmp_path / "out")).codes("lm_head").codes, expected.codes)
+
+
+def test_damping_that_starts_at_nothing_or_beyond_the_most():
+    singular = torch.ones(16, 16)
+    for damping in (0.0, 20.0):
+        assert torch.isfinite(inverse_factor(singular, damping)).all()
+    with pytest.raises(TersorError, match="not positive definite"):
+        inverse_factor(torch.full((4, 4), float("nan")), 0.0)
