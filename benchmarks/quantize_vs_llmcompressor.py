@@ -3,7 +3,8 @@
     python benchmarks/quantize_vs_llmcompressor.py --peer-python .venv-peers/bin/python --model cache/smollm2
 
 Both get the same 32 x 512 tokens of the shipped calibration text, groups of 64, symmetric, and the same cores and threads.
-llm-compressor computes in float32, which is the faster dtype on a CPU; its other settings are its defaults. The
+llm-compressor runs with its defaults, in the dtype that `--peer-dtype` loads the model in: `auto`, the checkpoint's own, or
+`float32`, which this toolkit computes in and which is faster on most CPUs. The
 perplexities of all results are measured by `tersor evaluate`, on prose by the same author from another novel.
 """
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--text", type=Path, default=HELDOUT)
+    parser.add_argument("--peer-dtype", choices=["auto", "float32"], default="auto")
     parser.add_argument("--awq", action="store_true", help="a row for our awq too, which takes minutes")
     parser.add_argument("--threads", type=int, default=2, help="cores and threads that each tool gets")
     arguments = parser.parse_args()
@@ -60,7 +62,7 @@ def main() -> None:
             "tersor rtn": tersor("quantize", arguments.model, "-o", work / "rtn", "--method", "rtn", *common),
             "llm-compressor gptq": [
                 arguments.peer_python, str(HERE / "peers" / "llmcompressor_gptq.py"), str(arguments.model),
-                str(work / "peer"), str(work / "windows.json"), str(arguments.group_size),
+                str(work / "peer"), str(work / "windows.json"), str(arguments.group_size), arguments.peer_dtype,
             ],
         }  # fmt: skip
         if not arguments.awq:
@@ -94,7 +96,7 @@ def main() -> None:
     for name, verdict in verdicts.items():
         print(f"{name}: {verdict['value']} (goal {verdict['goal']}): {'reached' if verdict['reached'] else 'MISSED'}")
     path = save(
-        "quantize_vs_llmcompressor",
+        "quantize_vs_llmcompressor" + ("" if arguments.peer_dtype == "auto" else "_float32"),
         {
             "model": arguments.model.name,
             "scheme": f"w4a16 symmetric, groups of {arguments.group_size}",
@@ -104,6 +106,7 @@ def main() -> None:
             "window_tokens": WINDOW,
             "threads": threads,
             "peer": peer_versions(arguments.peer_python),
+            "peer_dtype": arguments.peer_dtype,
             "rows": {
                 name: {**(vars(measured) if measured else {}), "perplexity": found["perplexity"]}
                 for name, (measured, found) in rows.items()
