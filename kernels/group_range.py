@@ -98,6 +98,20 @@ def reference_minmax_scale(weight, bits, group_size, symmetric, scale_dtype):
 
 
 @triton.jit
+def group_extremes(start, real, group_size, BLOCK_N: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Smallest value or zero, and largest value or zero, of the groups that begin at `start`, where `real`."""
+    low = tl.zeros([BLOCK_N], tl.float32)
+    high = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, group_size, BLOCK_COLUMNS):
+        column = first + tl.arange(0, BLOCK_COLUMNS)
+        inside = real[:, None] & (column < group_size)[None, :]
+        w = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(w, axis=1))
+        high = tl.maximum(high, tl.max(w, axis=1))
+    return low, high
+
+
+@triton.jit
 def _minmax_scale_kernel(
     weight_ptr,
     scale_ptr,
@@ -116,14 +130,7 @@ def _minmax_scale_kernel(
     """One program: the scales of `BLOCK_N` of the `n` groups of a weight."""
     item = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = weight_ptr + (item // groups) * weight_row_stride + (item % groups) * group_size
-    low = tl.zeros([BLOCK_N], tl.float32)
-    high = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, group_size, BLOCK_COLUMNS):
-        column = first + tl.arange(0, BLOCK_COLUMNS)
-        inside = (item < n)[:, None] & (column < group_size)[None, :]
-        w = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.min(w, axis=1))
-        high = tl.maximum(high, tl.max(w, axis=1))
+    low, high = group_extremes(start, item < n, group_size, BLOCK_N, BLOCK_COLUMNS)
     scale, zero_point = scale_of(low, high, 1.0, EPS, BITS, SYMMETRIC, DTYPE)
     tl.store(scale_ptr + item, scale, mask=item < n)
     if not SYMMETRIC:

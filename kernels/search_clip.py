@@ -14,6 +14,7 @@ from tersor.kernels.group_range import (
     TILE,
     check_group_size,
     extremes,
+    group_extremes,
     minmax_scale,
     round_half_even,
     scale_of,
@@ -76,14 +77,7 @@ def _search_clip_kernel(
     LOWEST: tl.constexpr = -(2 ** (BITS - 1))
     item = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = weight_ptr + (item // groups) * weight_row_stride + (item % groups) * group_size
-    low = tl.zeros([BLOCK_N], tl.float32)
-    high = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(0, group_size, BLOCK_COLUMNS):
-        column = first + tl.arange(0, BLOCK_COLUMNS)
-        inside = (item < n)[:, None] & (column < group_size)[None, :]
-        w = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.min(w, axis=1))
-        high = tl.maximum(high, tl.max(w, axis=1))
+    low, high = group_extremes(start, item < n, group_size, BLOCK_N, BLOCK_COLUMNS)
     best_error = tl.full([BLOCK_N], float("inf"), tl.float32)
     best_scale = tl.full([BLOCK_N], 1.0, tl.float32)
     best_zero_point = tl.zeros([BLOCK_N], tl.float32)

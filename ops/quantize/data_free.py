@@ -73,7 +73,7 @@ def quantize_tensor(
     codes: torch.Tensor | None = None  # filled panel by panel: joining panels at the end would take twice the memory
     scales, zero_points = [], []
     for start, weight in _panels(checkpoint, step):
-        weight = weight.to(device)
+        weight = weight.to(device, torch.float32)  # once, for the search, the codes and the errors
         part = method.quantize(weight, None, scheme, scale_dtype)
         if not bool(torch.isfinite(part.scale.float()).all()):
             raise not_finite(linear.name, checkpoint)
