@@ -67,6 +67,9 @@ bench: $(SMOLLM2)/config.json $(PEERS_READY) bench-kernels
 	$(BIN)/python benchmarks/build_models.py random-1b $(CACHE)/random-1b-4shards --shards 4
 	$(BIN)/python benchmarks/quantize_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2) --awq
 	$(BIN)/python benchmarks/quantize_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2) --peer-dtype float32
+	$(BIN)/python benchmarks/prune_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2)
+	$(BIN)/python benchmarks/prune_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2) --peer-dtype float32
+	$(BIN)/python benchmarks/prune_structured.py --model $(SMOLLM2)
 	$(BIN)/python benchmarks/data_free_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(CACHE)/random-1b \
 	  --sharded-model $(CACHE)/random-1b-4shards
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -13,7 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 SAMPLE_SECONDS = 0.02
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+HELDOUT = HERE / "data" / "heldout.txt"
+WINDOW = 512  # tokens, of calibration and of what is scored
+SCORED = 64  # windows of the text
 
 
 @dataclass
@@ -68,6 +73,23 @@ def _memory(root: int) -> dict[str, int]:
         except OSError:
             continue  # ended between two reads
     return total
+
+
+def tersor(*arguments: object) -> list[str]:
+    return [sys.executable, "-P", "-m", "tersor.cli.main", *map(str, arguments)]
+
+
+def perplexity(model: Path, text: Path = HELDOUT) -> dict:
+    """The `quality` of `tersor evaluate`, for every tool's output alike."""
+    command = tersor("evaluate", model, "--text", text, "--seq-len", WINDOW, "--max-windows", SCORED, "--json", "-q")
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["quality"]
+
+
+def peer_oneshot(python: str, model: Path, work: Path, dtype: str, method: str, amount: object) -> list[str]:
+    """llm-compressor's command that reads `work`/windows.json and writes `work`/peer."""
+    script = HERE / "peers" / "llmcompressor_oneshot.py"
+    paths = [python, script, model, work / "peer", work / "windows.json"]
+    return [*map(str, paths), dtype, method, str(amount)]
 
 
 def use_cores(count: int) -> int:

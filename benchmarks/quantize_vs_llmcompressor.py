@@ -12,26 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import Measured, measure, peer_versions, save, use_cores
-
-HERE = Path(__file__).parent
-HELDOUT = HERE / "data" / "heldout.txt"
-WINDOW = 512
-SCORED = 64  # windows of the text
-
-
-def tersor(*arguments: object) -> list[str]:
-    return [sys.executable, "-P", "-m", "tersor.cli.main", *map(str, arguments)]
-
-
-def perplexity(model: Path, text: Path) -> dict:
-    command = tersor("evaluate", model, "--text", text, "--seq-len", WINDOW, "--max-windows", SCORED, "--json", "-q")
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["quality"]
+from measure import HELDOUT, WINDOW, Measured, measure, peer_oneshot, peer_versions, perplexity, save, tersor, use_cores
 
 
 def main() -> None:
@@ -60,10 +45,9 @@ def main() -> None:
             "tersor gptq": tersor("quantize", arguments.model, "-o", work / "gptq", "--method", "gptq", *calibration, *common),
             "tersor awq": tersor("quantize", arguments.model, "-o", work / "awq", "--method", "awq", *calibration, *common),
             "tersor rtn": tersor("quantize", arguments.model, "-o", work / "rtn", "--method", "rtn", *common),
-            "llm-compressor gptq": [
-                arguments.peer_python, str(HERE / "peers" / "llmcompressor_gptq.py"), str(arguments.model),
-                str(work / "peer"), str(work / "windows.json"), str(arguments.group_size), arguments.peer_dtype,
-            ],
+            "llm-compressor gptq": peer_oneshot(
+                arguments.peer_python, arguments.model, work, arguments.peer_dtype, "gptq", arguments.group_size
+            ),
         }  # fmt: skip
         if not arguments.awq:
             del runs["tersor awq"]

@@ -173,3 +173,18 @@ def size(nbytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
+
+
+def show_forecast(found: dict, json: bool) -> None:
+    """The dry run's answer: on stdout, since nothing else is produced."""
+    if json:
+        emit("", found)
+        return
+    for row in found["tensors"]:
+        typer.echo(
+            f"{row['action']:9s} {row['name']}  {row['shape']}  {row['before_bytes']} → {row['after_bytes']}  {row['reason']}"
+        )
+    typer.echo(f"output {size(found['output_bytes'])} (input {size(found['input_bytes'])})")
+    typer.echo(f"peak memory about {size(found['peak_memory_bytes'])}, disk needed {size(found['disk_bytes'])}")
+    for warning in found["warnings"]:
+        typer.echo(f"warning: {warning}")

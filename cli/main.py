@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from tersor import __version__
-from tersor.cli import convert, evaluate, quantize, verify
+from tersor.cli import convert, evaluate, prune, quantize, verify
 
 app = typer.Typer(
     name="tersor",
@@ -19,7 +19,7 @@ app = typer.Typer(
     "Each command reads a checkpoint, does one thing to it and writes a new checkpoint with a report. It prints the output "
     "path, so that commands chain:\n\n"
     "\b\n"
-    "  tersor quantize MODEL -o small --scheme w4a16 --method gptq \\\n"
+    "  tersor prune MODEL -o sparse --sparsity 0.5 | tersor quantize - -o small --method gptq \\\n"
     "    | tersor verify - | tersor evaluate - --text book.txt",
 )
 
@@ -39,6 +39,7 @@ def _root(
     pass
 
 
+app.command("prune", short_help="Zeros, or a smaller model.")(prune.prune)
 app.command("quantize", short_help="Fewer bits per weight.")(quantize.quantize)
 app.command("evaluate", short_help="Perplexity, and how far two models are apart.")(evaluate.evaluate)
 app.command("verify", short_help="Is this checkpoint sound?")(verify.verify)

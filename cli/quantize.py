@@ -95,7 +95,7 @@ def quantize(
         if dry_run:
             from tersor.ops.quantize.forecast import forecast
 
-            _show_forecast(forecast(*plan(request), request), json)
+            common.show_forecast(forecast(*plan(request), request), json)
             return
         if output is None:
             raise typer.BadParameter("an output folder is needed, or --dry-run", param_hint="'-o' / '--output'")
@@ -117,20 +117,3 @@ def quantize(
             quiet,
         )
         common.emit(output, report.to_dict() if json else None)
-
-
-def _show_forecast(found: dict, json: bool) -> None:
-    """The dry run's answer: on stdout, since nothing else is produced."""
-    if json:
-        common.emit("", found)
-        return
-    for row in found["tensors"]:
-        typer.echo(
-            f"{row['action']:9s} {row['name']}  {row['shape']}  {row['before_bytes']} → {row['after_bytes']}  {row['reason']}"
-        )
-    typer.echo(f"output {common.size(found['output_bytes'])} (input {common.size(found['input_bytes'])})")
-    typer.echo(
-        f"peak memory about {common.size(found['peak_memory_bytes'])}, disk needed {common.size(found['disk_bytes'])}"
-    )
-    for warning in found["warnings"]:
-        typer.echo(f"warning: {warning}")

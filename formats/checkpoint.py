@@ -23,7 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Files of the input that describe its own weights; a new checkpoint writes its own.
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", *PICKLE_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack")
-OWN_FILES = {"report.json", "report.html", "quantize_config.json", "config.json"}
+OWN_FILES = {"report.json", "report.html", "quantize_config.json", "config.json", "lowrank.json"}
 
 
 class Checkpoint:

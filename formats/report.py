@@ -27,7 +27,10 @@ TENSOR_KEYS = ("name", "action", "reason", "before", "after", "error", "sparsity
 
 @dataclass
 class TensorEntry:
-    """What happened to one tensor. `before` and `after` are {dtype, shape, bytes}; `bits` counts scales as well."""
+    """What happened to one tensor. `before` and `after` are {dtype, shape, bytes}; `bits` counts scales as well.
+
+    `params` may be added where the stored numbers are not those of `shape`: a dense weight that is held as factors.
+    """
 
     name: str
     action: str
@@ -88,8 +91,8 @@ class Report:
     def totals(self) -> dict:
         before = sum(entry.before["bytes"] for entry in self.tensors)
         after = sum(entry.after["bytes"] for entry in self.tensors)
-        params_before = sum(math.prod(entry.before["shape"]) for entry in self.tensors)
-        params_after = sum(math.prod(entry.after["shape"]) for entry in self.tensors)
+        params_before = sum(params_of(entry.before) for entry in self.tensors)
+        params_after = sum(params_of(entry.after) for entry in self.tensors)
         measured = [
             (entry.sparsity, math.prod(entry.after["shape"])) for entry in self.tensors if entry.sparsity is not None
         ]
@@ -141,6 +144,11 @@ def describe(checkpoint) -> dict:
     }
 
 
+def params_of(side: dict) -> int:
+    """Numbers stored for one side of a tensor entry."""
+    return side.get("params", math.prod(side["shape"]))
+
+
 def validate(content: Any) -> list[str]:
     """What is wrong with a report, nothing when it is sound."""
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
@@ -162,7 +170,7 @@ def validate(content: Any) -> list[str]:
         if not isinstance(entry, dict) or set(entry) != set(TENSOR_KEYS):
             return [f"tensor entry {str(entry)[:80]} does not have the keys {' '.join(TENSOR_KEYS)}"]
         for side in ("before", "after"):
-            if not isinstance(entry[side], dict) or set(entry[side]) != {"dtype", "shape", "bytes"}:
+            if not isinstance(entry[side], dict) or set(entry[side]) - {"params"} != {"dtype", "shape", "bytes"}:
                 return [f"tensor {entry['name']!r}: {side!r} is not dtype, shape, bytes"]
     return []
 

@@ -92,6 +92,7 @@ class CheckpointWriter:
             if not resume:  # only now, under the lock: the files may be those of a run that is still going
                 self._clear()
         self._lock = threading.Lock()
+        self._own_files: set[str] = set()
         self._flushed = time.monotonic()
         self._place: dict[str, tuple[int, int]] = {}  # name -> (file descriptor, offset)
         self._descriptors: list[int] = []
@@ -174,11 +175,20 @@ class CheckpointWriter:
         self._flushed = time.monotonic()
 
     def add_json(self, name: str, value: dict) -> None:
+        """Write a side file; it stands in for the input's of that name."""
+        self._own_files.add(name)
         with disk_errors(self.partial / name):
             (self.partial / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
+    def leave_out(self, name: str) -> None:
+        """Do not copy this side file of the input."""
+        self._own_files.add(name)
+
     def copy_side_files(self, source: Checkpoint) -> None:
+        """Copy what the input has beside its weights, except for files that were written or left out."""
         for file in source.side_files():
+            if file.relative_to(source.path).as_posix() in self._own_files:
+                continue
             target = self.partial / file.relative_to(source.path)
             with disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)

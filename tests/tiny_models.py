@@ -29,6 +29,8 @@ BERT = {
     "num_attention_heads": 4,
     "intermediate_size": 96,
 }
+VIT = BERT | {"image_size": 16, "patch_size": 8, "num_labels": 5}
+del VIT["vocab_size"]
 
 # family -> (model class, config class, config)
 FAMILIES = {
@@ -57,13 +59,16 @@ FAMILIES = {
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", BERT | {"max_position_embeddings": 130}),
 }  # fmt: skip
 
+# These read images, so that no calibration text can pass through them.
+IMAGE_FAMILIES = {"vit": ("ViTForImageClassification", "ViTConfig", VIT)}
+
 
 def build(family: str, folder: Path, dtype: str = "bfloat16", **changes) -> Path:
     """Save a tiny model of `family` with a tokenizer and return its folder."""
     import torch
     import transformers
 
-    model_class, config_class, settings = FAMILIES[family]
+    model_class, config_class, settings = (FAMILIES | IMAGE_FAMILIES)[family]
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings | changes))
     for name, parameter in model.named_parameters():

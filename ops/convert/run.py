@@ -1,4 +1,4 @@
-"""`convert`: the same codes in another encoding, or dense weights again."""
+"""`convert`: the same codes in another encoding, or dense weights again, from codes or from factors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
     checkpoint = Checkpoint(locate(request.model))
     check_output(request.output, checkpoint.path, request.force, request.resume)
     view = DenseView(checkpoint)
-    if not view.is_quantized:
+    if not view.is_quantized and not view.is_factorised:
         raise TersorError(f"{checkpoint.path}: is dense already", "quantize it with tersor quantize")
     _check_target(view, checkpoint, request.to)
     layout = {name: _plan(view, entry, name, request) for name, entry in view.tensors.items()}
@@ -79,6 +79,8 @@ def _check_target(view: DenseView, checkpoint: Checkpoint, to: str) -> None:
     entries = [entry for entry in view.tensors.values() if entry.scheme is not None]
     if to == "dense":
         return
+    if view.is_factorised:
+        raise TersorError(f"{checkpoint.path}: holds factors, which {to} cannot", "make it dense: --to dense")
     if view.encoding is encodings.encoding(to) and not any(entry.scheme.gptq_v2 for entry in entries):
         raise TersorError(f"{checkpoint.path}: is stored as {to} already", "there is nothing to convert")
     conv1d = next((entry.module for entry in entries if entry.transposed), None)
@@ -119,7 +121,7 @@ def _scale_dtype(view: DenseView, entry: DenseTensor, to: str) -> str:
 
 
 def _write(view: DenseView, entry: DenseTensor, name: str, layout: Layout, request: Request, writer: CheckpointWriter):
-    if entry.scheme is None and layout[name][0] == entry.dtype:
+    if entry.is_stored and layout[name][0] == entry.dtype:
         copy_tensor(view.checkpoint, name, writer)
     elif request.to == "dense" or entry.scheme is None:
         writer.write(name, _cast(name, view.read(name), layout[name][0]))
@@ -172,7 +174,7 @@ def _write_config(checkpoint: Checkpoint, view: DenseView, request: Request, wri
         if request.to == "gptq":
             writer.add_json("quantize_config.json", settings)
     else:
-        del config["quantization_config"]
+        config.pop("quantization_config", None)
         if not config:
             return  # what came from a bare file goes back to one
         if request.dtype is not None:
@@ -183,13 +185,13 @@ def _write_config(checkpoint: Checkpoint, view: DenseView, request: Request, wri
 def _entry(view: DenseView, entry: DenseTensor, name: str, layout: Layout) -> TensorEntry:
     from tersor.formats.header import tensor_bytes
 
-    owned = view.encoding.tensor_names(entry.module, view.checkpoint.tensors) if entry.scheme else [name]
-    before = sum(view.checkpoint.tensors[tensor].nbytes for tensor in owned)
+    owned = [view.checkpoint.tensors[tensor] for tensor in view.stored_names(name)]
+    params = {"params": sum(info.params for info in owned)} if entry.factors else {}
     after = sum(tensor_bytes(*tensor) for tensor in layout.values())
     kind = f"{entry.scheme.kind}{entry.scheme.bits}" if entry.scheme else entry.dtype
     target = layout[name][0] if name in layout else kind
     return TensorEntry(
-        name, "convert" if entry.scheme else "keep", None,
-        {"dtype": kind, "shape": list(entry.shape), "bytes": before},
+        name, "keep" if entry.is_stored else "convert", None,
+        {"dtype": kind, "shape": list(entry.shape), "bytes": sum(info.nbytes for info in owned), **params},
         {"dtype": target, "shape": list(entry.shape), "bytes": after}, None, None, None, None,
     )  # fmt: skip

@@ -43,7 +43,7 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("__dict__")["_block"][0], name)  # layer type flags and the like
+            return getattr(self.__dict__["_block"][0], name)  # layer type flags and the like
 
     def forward(self, *args, **kwargs):
         self.calls.append((args, kwargs))
@@ -79,10 +79,15 @@ class HiddenStates:
 
 
 class BlockPass:
-    """Runs token windows `[windows, seq_len]` through the model of a checkpoint, block by block."""
+    """Runs token windows `[windows, seq_len]` through the model of a checkpoint, block by block.
 
-    def __init__(self, skeleton: Skeleton, windows: torch.Tensor, pool: SpillPool | None = None):
-        self.skeleton, self.pool = skeleton, pool or SpillPool(None)
+    With another `input_name` the windows are what the model calls so: images for `pixel_values`.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, windows: torch.Tensor, pool: SpillPool | None = None, input_name: str = "input_ids"
+    ):
+        self.skeleton, self.pool, self.input_name = skeleton, pool or SpillPool(None), input_name
         self.windows = windows
         per_batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
         self.batches = [batch.to(skeleton.device) for batch in windows.split(per_batch)]
@@ -97,32 +102,14 @@ class BlockPass:
     def _capture(self) -> None:
         """Arguments of every block for every batch, as the model's own code prepares them."""
         for index, batch in enumerate(self.batches):
-            recorders = self._record(batch)
+            recorders = record_calls(self.skeleton, **{self.input_name: batch})
+            self.returns_tuple = recorders[0].returns_tuple
             first = recorders[0].calls[0]
             self.hidden.append(_hidden_of(first).detach().clone())
             calls = [_without_hidden(recorder.calls[0]) for recorder in recorders]
             if index and _same(calls, self._calls[0]):
                 calls = self._calls[0]  # equal windows give equal masks and positions: hold them once
             self._calls.append(calls)
-
-    def _record(self, batch: torch.Tensor) -> list[_Recorder]:
-        model = self.skeleton.model
-        for returns_tuple in (False, True):
-            with _replaced_blocks(self.skeleton, returns_tuple) as recorders, StoredDtype(self.skeleton.dtype):
-                try:
-                    model.base_model(input_ids=batch)
-                except TypeError as error:
-                    raise TersorError(
-                        f"{type(model).__name__} does not read token ids ({error})", "use a method without calibration"
-                    ) from error
-                except (ValueError, IndexError, RuntimeError):
-                    if returns_tuple:
-                        raise
-                    continue
-            shapes = {_hidden_of(recorder.calls[0]).dim() for recorder in recorders if recorder.calls}
-            if len(shapes) == 1 and all(recorder.calls for recorder in recorders):
-                return recorders
-        raise TersorError(f"{type(model).__name__}: blocks are not called one after another", "use --method rtn")
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module) -> None:
@@ -137,13 +124,24 @@ class BlockPass:
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
+    def apply(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Output of a filled block for `hidden` `[windows, positions, hidden]` in the place of what `batch` has there."""
+        with StoredDtype(self.skeleton.dtype):
+            return self._call(index, block, batch, hidden)
+
     def probe(self, index: int, block: nn.Module) -> torch.Tensor:
         """Output of a filled block for the first batch; nothing is kept."""
-        with StoredDtype(self.skeleton.dtype):
-            hidden = self.hidden.take(0)
-            output = self._call(index, block, 0, hidden)
-            self.hidden.put(0, hidden)
-            return output
+        hidden = self.hidden.take(0)
+        output = self.apply(index, block, 0, hidden)
+        self.hidden.put(0, hidden)
+        return output
+
+    @torch.no_grad()
+    def final_states(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model's own tail (its last norm, no head) makes of `hidden` after the last block. Same shape."""
+        with _replaced_blocks(self.skeleton, self.returns_tuple) as recorders, StoredDtype(self.skeleton.dtype):
+            recorders[-1].output = hidden
+            return self.skeleton.model.base_model(input_ids=self.batches[batch])[0]
 
     @torch.no_grad()
     def run_staged(
@@ -189,6 +187,10 @@ class BlockPass:
 
         Yields (positions, logits `[windows, positions, vocab]`).
         """
+        yield from self.tail(batch, chunk)
+
+    def tail(self, batch: int, chunk: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`logits` with whatever gradient mode is on, for those who need the way back to the last block's output."""
         hidden = self.hidden.take(batch)
         with _replaced_blocks(self.skeleton, False) as recorders, StoredDtype(self.skeleton.dtype):
             returns_tuple = not _accepts_tensor(self.skeleton, recorders, self.batches[batch][:, :2])
@@ -298,6 +300,28 @@ class _Stages:
         if self._live:
             for storage, _, _ in parked:
                 self._live.note(storage)
+
+
+def record_calls(skeleton: Skeleton, **inputs: torch.Tensor) -> list[_Recorder]:
+    """Have the model's own code prepare the arguments of every block for `inputs`, without running a block."""
+    model = skeleton.model
+    for returns_tuple in (False, True):
+        with _replaced_blocks(skeleton, returns_tuple) as recorders, StoredDtype(skeleton.dtype):
+            try:
+                model.base_model(**inputs)
+            except TypeError as error:
+                raise TersorError(
+                    f"{type(model).__name__} does not read {' '.join(inputs)} ({error})",
+                    "use a method without calibration",
+                ) from error
+            except (ValueError, IndexError, RuntimeError):
+                if returns_tuple:
+                    raise
+                continue
+        shapes = {_hidden_of(recorder.calls[0]).dim() for recorder in recorders if recorder.calls}
+        if len(shapes) == 1 and all(recorder.calls for recorder in recorders):
+            return recorders
+    raise TersorError(f"{type(model).__name__}: blocks are not called one after another", "use --method rtn")
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ def not_finite(name: str, checkpoint: Checkpoint) -> TersorError:
     )
 
 
-def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter) -> None:
-    """Copy one tensor's bytes. Raises TersorError when a float tensor holds NaN or Inf."""
+def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter, new_name: str | None = None) -> None:
+    """Copy one tensor's bytes, under `new_name` if given. Raises TersorError when a float tensor holds NaN or Inf."""
     info = checkpoint.tensors[name]
     buffer = torch.empty(min(COPY_BYTES, info.nbytes), dtype=torch.uint8)
     for start in range(0, info.nbytes, COPY_BYTES):
@@ -29,4 +29,4 @@ def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter) -> 
             low, high = torch.aminmax(values)
             if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
                 raise not_finite(name, checkpoint)
-        writer.write_bytes(name, start, view)
+        writer.write_bytes(new_name or name, start, view)

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
+from tersor.ops.model.initial import fill_buffers, folded_parameters, initial_value
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 PANEL_ROWS = 8192
 EXPERTS = "tersor"
+DROP_LISTS = {"attention": "drop_attn_list", "mlp": "drop_mlp_list"}
 
 
 @dataclass
@@ -45,26 +47,40 @@ class Skeleton:
         """Raises TersorError when transformers has no definition, or tensors are missing."""
         self.view, self.device, self.dtype = view, device, dtype
         self.model = _build(view)
-        self.sources = _map_names(self.model, view)
+        self.sources = map_names(self.model, view)
+        self.folded = folded_parameters(self.model, view.config)
         self.block_prefix, self.blocks = _find_blocks(self.model)
         self.by_parameter: dict[str, list[str]] = {}
         for name, source in self.sources.items():
             self.by_parameter.setdefault(source.parameter, []).append(name)
-        self._check_complete()
         self._fill_shell()
+        self.dropped = self._dropped()
+        self._check_complete()
 
     def _check_complete(self) -> None:
         tied = _tied_parameters(self.model)
         missing = [
             name
             for name, _ in self.model.named_parameters()
-            if name not in self.by_parameter and name not in tied and not _optional(name)
+            if name not in self.by_parameter and name not in tied | self.dropped | self.folded and not _optional(name)
         ]
         if missing:
             raise TersorError(
                 f"{self.view.checkpoint.path}: {len(missing)} tensors are missing, for example {missing[0]!r}",
                 "the checkpoint does not fit its config.json",
             )
+
+    def _dropped(self) -> set[str]:
+        """Parameters of the residual branches that config.json lists as removed; a tensor for one is not looked at."""
+        if not any(drop_lists(self.view.config).values()):
+            return set()
+        from tersor.ops.model.branches import listed_parameters  # which runs the blocks of this very class
+
+        dropped = listed_parameters(self)
+        for parameter in dropped:
+            for name in self.by_parameter.pop(parameter, []):
+                del self.sources[name]
+        return dropped
 
     def block_name(self, index: int) -> str:
         return f"{self.block_prefix}.{index}"
@@ -86,19 +102,21 @@ class Skeleton:
                 continue
             source = self.by_parameter[name][0]
             if parameter.dim() == 2:
-                _assign(self.model, name, self.view.map(source).to(self.device))
+                assign(self.model, name, self.view.map(source).to(self.device))
             else:
-                _assign(self.model, name, self.view.read(source).to(self.device, self.dtype))
+                assign(self.model, name, self.view.read(source).to(self.device, self.dtype))
         self.model.tie_weights()
         for name, module in self.model.named_modules():
-            _fill_buffers(self.model, module, self.device)
+            fill_buffers(self.model, module, self.device)
             for key, parameter in module.named_parameters(recurse=False):
                 full = f"{name}.{key}" if name else key
-                if parameter.is_meta and not full.startswith(inside):
-                    _assign(self.model, full, torch.zeros(parameter.shape, dtype=self.dtype, device=self.device))
+                if parameter.is_meta and full in self.folded and not full.startswith(inside):
+                    assign(self.model, full, initial_value(self.model, module, key).to(self.device, self.dtype))
+                elif parameter.is_meta and not full.startswith(inside):
+                    assign(self.model, full, torch.zeros(parameter.shape, dtype=self.dtype, device=self.device))
         for name, buffer in list(self.model.named_buffers()):
             if name in self.view.tensors and not name.startswith(inside):
-                _assign(self.model, name, self.view.read(name).to(self.device, buffer.dtype))
+                assign(self.model, name, self.view.read(name).to(self.device, buffer.dtype))
 
     @contextmanager
     def filled(self, index: int) -> Iterator[nn.Module]:
@@ -109,20 +127,32 @@ class Skeleton:
         for name, _ in list(block.named_parameters()):
             if name.rsplit(".", 1)[0] in fused or any(name.startswith(f"{module}.{EXPERTS}.") for module in fused):
                 continue
+            if f"{prefix}.{name}" in self.folded - self.by_parameter.keys():
+                path, _, leaf = name.rpartition(".")
+                value = initial_value(self.model, block.get_submodule(path), leaf)
+                assign(block, name, value.to(self.device, self.dtype))
+                continue
+            if f"{prefix}.{name}" in self.dropped:  # zeros without memory: the branch adds nothing
+                zero = torch.zeros((), dtype=self.dtype, device=self.device)
+                assign(block, name, zero.expand(block.get_parameter(name).shape))
+                continue
             sources = self.by_parameter.get(f"{prefix}.{name}", [])
             if len(sources) != 1 or self.sources[sources[0]].expert is not None:
                 raise TersorError(
                     f"{prefix}.{name}: made of {len(sources)} checkpoint tensors in a way that is not known here",
                     "use a method that needs no forward pass: --method rtn",
                 )
-            _assign(block, name, self.view.read(sources[0]).to(self.device, self.dtype))
+            assign(block, name, self.view.read(sources[0]).to(self.device, self.dtype))
+        for name, buffer in list(block.named_buffers()):  # the correction bias of a router
+            if sources := self.by_parameter.get(f"{prefix}.{name}"):
+                assign(block, name, self.view.read(sources[0]).to(self.device, buffer.dtype))
         try:
             yield block
         finally:
             for module in fused:
                 delattr(block.get_submodule(module), EXPERTS)
             for name, parameter in list(block.named_parameters()):
-                _assign(block, name, torch.empty_like(parameter, device="meta"))
+                assign(block, name, torch.empty_like(parameter, device="meta"))
 
     def _unfuse(self, prefix: str, block: nn.Module) -> dict[str, list[str]]:
         """Give each experts module of the block a linear per checkpoint tensor: module name -> its sources."""
@@ -178,6 +208,11 @@ class Skeleton:
                 for source_name in self.by_parameter.get(f"{prefix}.{name}.weight", []):
                     found[source_name] = module
         return found
+
+
+def drop_lists(config: dict | None) -> dict[str, list[int]]:
+    """Blocks that lack their attention, and blocks that lack their mlp, as LLM-Drop notes them in config.json."""
+    return {kind: (config or {}).get(key) or [] for kind, key in DROP_LISTS.items()}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -283,7 +318,8 @@ def _transforms(model: nn.Module) -> tuple[list, list]:
     return [transform for transform in transforms if not isinstance(transform, WeightConverter)], converters
 
 
-def _map_names(model: nn.Module, view: DenseView) -> dict[str, Source]:
+def map_names(model: nn.Module, view: DenseView) -> dict[str, Source]:
+    """Where every checkpoint tensor of `view` goes in `model`. Raises TersorError for a way of loading not known here."""
     from transformers.core_model_loading import rename_source_key
 
     renamings, converters = _transforms(model)
@@ -336,7 +372,8 @@ def _optional(name: str) -> bool:
     return bool(re.search(r"pooler|classifier|score|cls\.|lm_head|qa_outputs|embed_out", name))
 
 
-def _assign(root: nn.Module, name: str, value: torch.Tensor) -> None:
+def assign(root: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put `value` in the place of a parameter or buffer. Raises TersorError for a parameter of another shape."""
     path, _, leaf = name.rpartition(".")
     module = root.get_submodule(path)
     if leaf in module._buffers:
@@ -348,22 +385,3 @@ def _assign(root: nn.Module, name: str, value: torch.Tensor) -> None:
                 "the checkpoint does not fit its config.json",
             )
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
-def _fill_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
-    """Rotary tables and other buffers that no checkpoint holds: made on the CPU by the model's own initialisation."""
-    names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-    if not names:
-        return
-    for name in names:
-        module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-    parameters = dict(module._parameters)
-    for name, parameter in parameters.items():  # on meta, so that initialisation leaves loaded weights alone
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    try:
-        model._init_weights(module)
-    finally:
-        module._parameters.update(parameters)
-    for name in names:
-        module._buffers[name] = module._buffers[name].to(device)

@@ -124,7 +124,7 @@ def _report_problems(view: DenseView) -> list[str]:
     except TersorError as error:
         return [str(error)]
     problems = []
-    listed = {entry.name: list(entry.after["shape"]) for entry in report.tensors}
+    listed = {entry.name: list(entry.after["shape"]) for entry in report.tensors if entry.action != "drop"}
     for name in sorted(listed.keys() ^ view.tensors.keys() if listed else ()):
         problems.append(
             f"tensor {name!r} is missing, report.json lists it"
@@ -146,7 +146,7 @@ def _data_problems(checkpoint: Checkpoint, view: DenseView, sample: bool, progre
     import torch
 
     problems = []
-    modules = [name for name, entry in view.tensors.items() if entry.scheme is not None]
+    modules = [name for name, entry in view.tensors.items() if not entry.is_stored]
     if sample:
         # The writer has seen every value already; this proves that what is on disk decodes. Small modules: the proof
         # should not need more memory than the work did.

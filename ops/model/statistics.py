@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 PANEL_COLUMNS = 192
+# Below this many tokens the statistics of a layer (an expert) say little, and methods do without them.
+FEWEST_TOKENS = 16
 KINDS = ("column_norms", "column_means", "hessian", "samples")
 
 
 class InputStatistics:
-    """Sums over the rows `[tokens, in]` that arrive at a layer, in float32.
+    """Sums and means over the rows `[tokens, in]` that arrive at a layer, in float32.
 
     `needs` names what to collect: `column_norms` (sum of squares), `column_means` (sum of magnitudes),
     `hessian` (X^T X), `samples` (the first `max_samples` rows themselves).
@@ -23,6 +25,7 @@ class InputStatistics:
         self.tokens = 0
         self.prepared: dict[str, object] = {}  # what algorithms derive once for all layers with this input
         self._squares = self._magnitudes = self._products = None
+        self._mirrored = False  # whether the lower triangle of the products is up to date
         self._rows: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor) -> None:
@@ -40,13 +43,14 @@ class InputStatistics:
         if "hessian" in self.needs:
             if self._products is None:
                 self._products = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            _add_products(self._products, x)
+            _add_products(self._products, x, self.tokens)
+            self._mirrored = False
 
     @property
     def column_norms(self) -> torch.Tensor:
         """Root of the sum of squares of each input `[in]`."""
         if self._squares is None and self._products is not None:
-            return self._products.diagonal().sqrt()
+            return (self._products.diagonal() * self.tokens).sqrt()
         return self._squares.sqrt()
 
     @property
@@ -56,9 +60,16 @@ class InputStatistics:
 
     @property
     def hessian(self) -> torch.Tensor:
-        """X^T X / tokens `[in, in]`: half the second derivative of the mean squared output error."""
-        upper = torch.triu(self._products)
-        return (upper + torch.triu(upper, diagonal=1).T) / max(self.tokens, 1)
+        """X^T X / tokens `[in, in]`: half the second derivative of the mean squared output error. Not to be written to."""
+        if not self._mirrored:
+            _mirror(self._products)
+            self._mirrored = True
+        return self._products
+
+    def relative_output_error(self, weight: torch.Tensor, difference: torch.Tensor) -> float:
+        """||D X||^2 / ||W X||^2 for a weight `[out, in]` and its change D: the error of the layer's output on the text."""
+        reference = float((weight @ self.hessian * weight).sum())
+        return float((difference @ self.hessian * difference).sum()) / reference if reference > 0 else 0.0
 
     def rescale(self, factor: torch.Tensor) -> None:
         """What would have been collected had every input been multiplied by `factor` `[in]`."""
@@ -69,6 +80,7 @@ class InputStatistics:
             self._magnitudes.mul_(factor.abs())
         if self._products is not None:
             self._products.mul_(factor).mul_(factor[:, None])
+            self._mirrored = False  # the rounding of the two products differs between the triangles
         self._rows = [rows * factor for rows in self._rows]
 
     @property
@@ -77,8 +89,22 @@ class InputStatistics:
         return torch.cat(self._rows)
 
 
-def _add_products(products: torch.Tensor, x: torch.Tensor) -> None:
-    """products += x^T x on the upper block triangle: the lower one is its mirror, so half of the work is saved."""
+def _add_products(products: torch.Tensor, x: torch.Tensor, tokens: int) -> None:
+    """Take the rows `x` into the mean x^T x of `tokens` rows, these included.
+
+    Only on the upper block triangle: the lower one is its mirror, so half of the work is saved.
+    """
+    tokens = max(tokens, 1)
+    before, share = (tokens - x.shape[0]) / tokens, 1 / tokens
     for start in range(0, x.shape[1], PANEL_COLUMNS):
         panel = x[:, start : start + PANEL_COLUMNS]
-        products[start : start + PANEL_COLUMNS, start:].addmm_(panel.T, x[:, start:])
+        products[start : start + PANEL_COLUMNS, start:].addmm_(panel.T, x[:, start:], beta=before, alpha=share)
+
+
+def _mirror(products: torch.Tensor) -> None:
+    """Copy the upper triangle to the lower one, panel by panel, without a second matrix."""
+    for start in range(0, products.shape[1], PANEL_COLUMNS):
+        stop = start + PANEL_COLUMNS
+        corner = products[start:stop, start:stop].triu()
+        products[start:stop, start:stop] = corner + corner.triu(diagonal=1).T
+        products[stop:, start:stop] = products[start:stop, stop:].T

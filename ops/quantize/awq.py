@@ -20,9 +20,8 @@ from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.scheme import Scheme
 from tersor.ops.model.skeleton import EXPERTS, weight_matrix
-from tersor.ops.model.statistics import InputStatistics
+from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics
 from tersor.ops.quantize.grid import round_to_nearest
-from tersor.ops.quantize.rtn import FEWEST_TOKENS
 from torch import nn
 
 # The paper's is twice as fine. Here every candidate is rounded on clipped ranges, which costs as much and gains more.
@@ -69,6 +68,9 @@ class AWQ:
             if any(name not in statistics or statistics[name].tokens < FEWEST_TOKENS for name in consumers):
                 continue
             if not is_norm(producer) and id(producer) not in names:  # this expert's is to stay dense
+                continue
+            parameter = f"{run.skeleton.block_name(index)}.{producer_path}.weight"
+            if is_norm(producer) and parameter not in run.skeleton.by_parameter:  # folded away: no tensor holds a scale
                 continue
             steps = [plan.steps[name] for name in consumers]
             weights = [weight_matrix(layers[name]) for name in consumers]

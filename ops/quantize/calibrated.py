@@ -1,8 +1,4 @@
-"""The calibrated run: one block in memory, quantized while the calibration text passes through it.
-
-A finished block is journalled as a unit. On --resume its weights are read back from the unfinished output and the text
-is sent through them, which gives the very activations of the first run.
-"""
+"""The calibrated run: one block in memory, quantized while the calibration text passes through it."""
 
 from __future__ import annotations
 
@@ -17,17 +13,17 @@ from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.blocks import BlockPass
-from tersor.ops.model.copy import copy_tensor, not_finite
 from tersor.ops.model.memory import parking_space
+from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import Skeleton, weight_matrix
 from tersor.ops.model.spill import SpillPool
-from tersor.ops.model.statistics import InputStatistics
+from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics
 from tersor.ops.quantize.awq import AWQ
 from tersor.ops.quantize.data_free import quantize_tensor
-from tersor.ops.quantize.errors import ErrorSums, output_error
+from tersor.ops.quantize.errors import ErrorSums
 from tersor.ops.quantize.gptq import GPTQ
-from tersor.ops.quantize.plan import Plan, Step
-from tersor.ops.quantize.rtn import FEWEST_TOKENS, RTN
+from tersor.ops.quantize.plan import Plan
+from tersor.ops.quantize.rtn import RTN
 from torch import nn
 
 
@@ -48,16 +44,8 @@ def quantize_blocks(
         method = GPTQ(request.damping, request.activation_order, request.clip, request.keep_zeros)
     else:
         method = AWQ(request.clip)
-    job = _Job(checkpoint, plan, writer, run, method, RTN(request.clip), device)
-    for index in range(len(run)):
-        progress("blocks", index, len(run))
-        unit = skeleton.block_name(index)
-        if unit in writer.journal.done:
-            job.replay(index)
-        else:
-            job.block(index, unit)
-    progress("blocks", len(run), len(run))
-    job.remainder()
+    job = _Quantizer(checkpoint, plan, writer, run, method, RTN(request.clip), device)
+    job.rewrite_all(progress)
     pool.close()
     warnings = []
     if job.starved:
@@ -70,43 +58,20 @@ def quantize_blocks(
     return warnings
 
 
-class _Job:
-    """What the blocks of one run share."""
+class _Quantizer(BlockRewriter):
+    """Writes codes in place of the planned weights, and sends the text on through what they decode to."""
 
-    def __init__(self, checkpoint, plan, writer, run: BlockPass, method, rtn: RTN, device):
-        self.checkpoint, self.plan, self.writer = checkpoint, plan, writer
-        self.run, self.method, self.rtn, self.device = run, method, rtn, device
-        self.skeleton = run.skeleton
+    def __init__(self, checkpoint, plan: Plan, writer, run: BlockPass, method, rtn: RTN, device):
+        super().__init__(checkpoint, plan.steps, writer, run)
+        self.plan, self.method, self.rtn, self.device = plan, method, rtn, device
+        self.needs = method.needs
         self.encoding = encodings.encoding(plan.format)
         self.starved: list[str] = []
-        self.written: set[str] = set()
 
-    def block(self, index: int, unit: str) -> None:
-        numbers: dict[str, dict] = {}
-        with self.skeleton.filled(index) as block:
-            layers = {name: layer for name, layer in self.skeleton.linears(index).items() if name in self.plan.steps}
-            for name, layer in layers.items():
-                if not bool(torch.isfinite(layer.weight).all()):
-                    raise not_finite(name, self.checkpoint)
-            if isinstance(self.method, AWQ):
-                changed = self._awq(index, block, layers, numbers)
-            else:
-                self._staged(index, block, layers, numbers)
-                changed = {}
-            for name in self.skeleton.checkpoint_names(index):
-                if name in changed:
-                    self.writer.write(name, changed[name])
-                elif name not in self.plan.steps:
-                    copy_tensor(self.checkpoint, name, self.writer)
-                self.written.add(name)
-        self.writer.finish(unit, numbers)
-
-    def _staged(self, index: int, block: nn.Module, layers: dict[str, nn.Module], numbers: dict[str, dict]) -> None:
-        def ready(name: str, statistics: InputStatistics) -> None:
-            numbers[name] = self._quantize(self.plan.steps[name], layers[name], statistics)
-
-        for name in self.run.run_staged(index, block, layers, self.method.needs, ready):
-            numbers[name] = self._quantize(self.plan.steps[name], layers[name], None)
+    def block(self, index: int, block: nn.Module, layers: dict[str, nn.Module], numbers: dict[str, dict]) -> dict:
+        if isinstance(self.method, AWQ):
+            return self._awq(index, block, layers, numbers)
+        return super().block(index, block, layers, numbers)
 
     def _awq(self, index: int, block: nn.Module, layers: dict[str, nn.Module], numbers: dict[str, dict]) -> dict:
         """Statistics of the unchanged block first, then scales folded and all layers rounded, then the text goes on."""
@@ -116,14 +81,12 @@ class _Job:
         )
         changed_modules, scaled = self.method.fold(self.run, index, block, layers, statistics, self.plan)
         for name, layer in layers.items():
-            numbers[name] = self._quantize(
-                self.plan.steps[name], layer, None if name in unreached else statistics[name]
-            )
+            numbers[name] = self.rewrite(name, layer, None if name in unreached else statistics[name])
             if name in scaled:
                 numbers[name]["reason"] = f"{self.plan.steps[name].reason}; inputs scaled, {self.method.notes[name]}"
         changed = self._folded_tensors(index, block, changed_modules)
         for name, value in changed.items():  # the text goes on through what is stored, so that --resume repeats it
-            self._load(index, block, name, value)
+            self.load(index, block, name, value)
         self.run.run(index, block)
         return changed
 
@@ -137,13 +100,10 @@ class _Job:
                 changed[name] = block.get_parameter(parameter).detach().to(dtype)
         return changed
 
-    def _load(self, index: int, block: nn.Module, name: str, value: torch.Tensor) -> None:
-        parameter = self.skeleton.sources[name].parameter.removeprefix(self.skeleton.block_name(index) + ".")
-        block.get_parameter(parameter).copy_(value.to(self.skeleton.dtype))
-
-    def _quantize(self, step: Step, layer: nn.Module, statistics: InputStatistics | None) -> dict:
+    def rewrite(self, name: str, layer: nn.Module, statistics: InputStatistics | None) -> dict:
         """Quantize one layer, put the decoded result into the module, write the codes. Returns its report numbers."""
         began = time.perf_counter()
+        step = self.plan.steps[name]
         weight = weight_matrix(layer).float()
         starved = statistics is None or statistics.tokens < FEWEST_TOKENS
         method = self.rtn if starved else self.method
@@ -156,54 +116,24 @@ class _Job:
             self.starved.append(step.linear.name)
             numbers["reason"] = f"{step.reason}; too few calibration tokens, rounded to nearest"
         elif "hessian" in self.method.needs:
-            hessian = statistics.hessian
-            numbers["error"]["output_relative_mse"] = output_error(weight, decoded, hessian)
+            numbers["error"]["output_relative_mse"] = statistics.relative_output_error(weight, weight - decoded)
             numbers["calibration_tokens"] = statistics.tokens
         set_weight(layer, decoded.to(layer.weight.dtype))
         cpu = QuantizedWeight(*(part if part is None else part.cpu() for part in quantized))
-        for name, tensor in self.encoding.encode(step.linear.module, cpu, step.scheme).items():
-            self.writer.write(name, tensor)
-        self.written.add(step.linear.name)
+        for stored, tensor in self.encoding.encode(step.linear.module, cpu, step.scheme).items():
+            self.writer.write(stored, tensor)
         numbers["seconds"] = round(time.perf_counter() - began, 4)
         return numbers
 
-    def replay(self, index: int) -> None:
-        """Send the text through a block that an interrupted run has finished."""
-        with self.skeleton.filled(index) as block:
-            layers = self.skeleton.linears(index)
-            for name in self.skeleton.checkpoint_names(index):
-                self.written.add(name)
-                if name in self.plan.steps:
-                    step = self.plan.steps[name]
-                    quantized = self.encoding.decode(
-                        step.linear.module, self.writer.read, set(self.plan.layout), step.scheme
-                    )
-                    set_weight(layers[name], encodings.dequantize(quantized, step.scheme).to(self.skeleton.dtype))
-                elif self.skeleton.sources[name].expert is None:
-                    self._load(index, block, name, self.writer.read(name))
-            self.run.run(index, block)
+    def stored(self, name: str) -> torch.Tensor:
+        step = self.plan.steps[name]
+        codes = self.encoding.decode(step.linear.module, self.writer.read, set(self.plan.layout), step.scheme)
+        return encodings.dequantize(codes, step.scheme)
 
-    def remainder(self) -> None:
-        """What no block holds: tables, heads, final norm; layers outside the blocks that were asked for."""
-        for name in self.checkpoint.tensors:
-            if name in self.written or name in self.writer.journal.done:
-                continue
-            numbers = None
-            if name in self.plan.steps:
-                found = quantize_tensor(
-                    self.checkpoint, self.plan, self.plan.steps[name], self.writer, self.rtn, self.device
-                )
-                reason = f"{self.plan.steps[name].reason}; outside the blocks, rounded to nearest"
-                numbers = {name: {**found, "reason": reason}}
-            else:
-                copy_tensor(self.checkpoint, name, self.writer)
-            self.writer.finish(name, numbers)
-
-
-def set_weight(layer: nn.Module, weight: torch.Tensor) -> None:
-    """Put `weight` `[out, in]` into a Linear or a Conv1D."""
-    stored = weight if isinstance(layer, nn.Linear) else weight.T.contiguous()
-    layer.weight = nn.Parameter(stored, requires_grad=False)
+    def outside(self, name: str) -> dict:
+        step = self.plan.steps[name]
+        found = quantize_tensor(self.checkpoint, self.plan, step, self.writer, self.rtn, self.device)
+        return {name: {**found, "reason": f"{step.reason}; outside the blocks, rounded to nearest"}}
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -37,10 +37,3 @@ class ErrorSums:
             "error": {"relative_mse": relative, "sqnr_db": decibel},
             "sparsity": self.zeros / max(self.count, 1),
         }
-
-
-def output_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """||(W - W') X||^2 / ||W X||^2 from X^T X `[in, in]`: the error of the layer's output on the calibration text."""
-    difference = weight - decoded
-    reference = float((weight @ hessian * weight).sum())
-    return float((difference @ hessian * difference).sum()) / reference if reference > 0 else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-from tersor.formats import encodings
+from tersor.formats import encodings, low_rank
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.header import tensor_bytes
@@ -88,6 +88,7 @@ def build_plan(
         raise TersorError(
             f"{checkpoint.path}: is quantized already", "make it dense first: tersor convert MODEL --to dense -o DENSE"
         )
+    low_rank.refuse(checkpoint, "they would be passed by, or rounded without regard to their product")
     selection = select(checkpoint, include, exclude)
     conv1d = next((linear.name for linear in selection.linears.values() if linear.transposed), None)
     if checkpoint.config is None and conv1d is not None:

@@ -8,9 +8,6 @@ from tersor.formats.scheme import Scheme
 from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.quantize.grid import round_to_nearest
 
-# Below this many tokens the statistics of a layer (an expert) say little; it is rounded to nearest without them.
-FEWEST_TOKENS = 16
-
 
 class RTN:
     """Nearest grid point, with the range of each group clipped where that lowers the squared error.

@@ -43,7 +43,8 @@ def _compare(view: DenseView, original: DenseView, progress) -> list[str]:
     for name in sorted(view.tensors.keys() ^ original.tensors.keys()):
         problems.append(f"tensor {name!r} is only in the {'original' if name in original.tensors else 'output'}")
     path = view.checkpoint.path
-    reported = {entry.name: entry for entry in Report.load(path).tensors} if (path / "report.json").is_file() else {}
+    entries = Report.load(path).tensors if (path / "report.json").is_file() else []
+    reported = {entry.name: entry for entry in entries if entry.action != "drop"}
     for count, name in enumerate(view.tensors):
         progress("compare", count, len(view.tensors))
         if name not in original.tensors:

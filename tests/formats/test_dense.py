@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tersor.formats import compressed_tensors, encodings, gptq
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.conv1d import is_transposed
-from tersor.formats.dense import DenseView
+from tersor.formats.dense import DenseTensor, DenseView
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme
@@ -90,7 +90,7 @@ def test_quantized_modules_have_the_names_and_shapes_they_had(name, scheme, tmp_
     assert view.tensors.keys() == DENSE.keys() | {f"{module}.weight" for module in MODULES}
     for module, weight in weights.items():
         entry = view.tensors[f"{module}.weight"]
-        assert entry == ("F16", MODULES[module], scheme, module, False)
+        assert entry == DenseTensor("F16", MODULES[module], scheme, module, False)
         expected = dequantize(weight, scheme)
         assert view.read(f"{module}.weight").dtype == torch.float32
         assert torch.equal(view.read(f"{module}.weight"), expected)

@@ -39,11 +39,20 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def command(model, out, method, text) -> list[str]:
-    calibration = ["--method", method, "--calib", text, "--samples", 4, "--seq-len", 32] if method != "rtn" else []
-    return [str(part) for part in ["quantize", model, "-o", out, "--group-size", 32, *calibration]]
+    """`method` is one of quantize, or of prune with what is removed before a colon."""
+    calibration = ["--calib", text, "--samples", 4, "--seq-len", 32] if method != "rtn" else []
+    if ":" in method:
+        target, method = method.split(":")
+        start = ["prune", model, "-o", out, "--remove", target, "--sparsity", 0.25]
+    else:
+        start = ["quantize", model, "-o", out, "--group-size", 32]
+    return [str(part) for part in [*start, "--method", method, *calibration]]
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+PRUNE = ["weights:sparsegpt", "weights:magnitude", "neurons:activation", "layers:cosine", "ranks:whitened"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", *PRUNE])
 def test_sigkill_then_resume(method, family, text, tmp_path):
     model = family("gemma3")  # seven blocks
     whole, out = tmp_path / "whole", tmp_path / "out"

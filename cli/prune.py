@@ -1,0 +1,139 @@
+"""`tersor prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tersor.cli import common
+
+
+def prune(
+    model: common.Model,
+    output: common.Output = None,
+    remove: Annotated[
+        str,
+        typer.Option(
+            help="weights (zeros, same shapes); neurons heads channels vocab layers attention mlp ranks experts norms (smaller)."
+        ),
+    ] = "weights",
+    method: Annotated[
+        str | None, typer.Option(help="How to choose; --dry-run names the default, a wrong one lists all.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of what is removed, 0 to 1. Default 0.5, or what the pattern fixes.")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="weights: unstructured, N:M such as 2:4, block:16x16, vector:32x1.")
+    ] = "unstructured",
+    allocate: Annotated[
+        str, typer.Option(help="weights: uniform, erk (by shape), owl (by outliers), rd (by measured damage).")
+    ] = "uniform",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="weights: prune in this many passes, more and more (cubic schedule).")
+    ] = 1,
+    multiple_of: Annotated[
+        int, typer.Option(min=1, help="Round kept widths up to this, for kernels and tensor parallelism.")
+    ] = 1,
+    repair: Annotated[
+        bool, typer.Option("--repair/--no-repair", help="Refit the layer that reads what is left, by least squares.")
+    ] = True,
+    keep_shape: Annotated[
+        bool, typer.Option("--keep-shape", help="Write zeros in the old shapes instead of removing.")
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="ranks: write the product of the factors in the old shape.")
+    ] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave tensors whose name matches. Repeatable.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Per-tensor settings, JSON (tersor.policy/1).")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC", help="Calibration text: .txt .jsonl .parquet, Hub dataset, self. Default: shipped prose."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn, and random choices.")] = 0,
+    damping: Annotated[
+        float, typer.Option(min=0.0, help="Share of the mean diagonal added to a Hessian before it is inverted.")
+    ] = 0.01,
+    device: common.Device = "auto",
+    max_memory: common.MaxMemory = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would happen to each tensor, and write nothing.")
+    ] = False,
+    force: common.Force = False,
+    resume: common.Resume = False,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+    debug: common.Debug = False,
+) -> None:
+    """Remove what the model does not need: single weights, or whole parts of it.
+
+    \b
+    Half of the weights become zero, the others make up for them:
+      tersor prune MODEL -o sparse --method sparsegpt --sparsity 0.5
+    A quarter of the feed-forward neurons is cut out; the result is a smaller model that loads as before:
+      tersor prune MODEL -o small --remove neurons --sparsity 0.25
+    Then fewer bits, zeros kept:
+      tersor prune MODEL -o sparse --pattern 2:4 | tersor quantize - -o small --scheme w4a16 --method gptq
+
+    \b
+    --remove   methods, the default first
+    weights    sparsegpt wanda magnitude ria random
+    neurons    saliency taylor activation magnitude random (also heads, channels)
+    layers     cosine knapsack even (also attention, mlp)
+    ranks      whitened svd kronecker
+    experts    frequency merge random
+    norms      fold (same function, fewer tensors)
+    vocab      frequency
+    """
+    with common.reported_errors(debug):
+        from tersor.ops.prune.request import Request
+        from tersor.ops.prune.run import plan
+
+        request = Request(
+            common.resolve_input(model), output, remove, method, sparsity, pattern, allocate, rounds, multiple_of, repair,
+            keep_shape, merge, include or [], exclude or [], policy, calib, samples, seq_len, seed, damping, device,
+            common.parse_size(max_memory), force, resume,
+        )  # fmt: skip
+        if dry_run:
+            from tersor.ops.prune.forecast import forecast
+
+            common.show_forecast(forecast(*plan(request)[:2], request), json)
+            return
+        if output is None:
+            raise typer.BadParameter("an output folder is needed, or --dry-run", param_hint="'-o' / '--output'")
+        from tersor.ops.prune.rounds import prune as run
+
+        with common.progress(quiet) as progress:
+            report = run(request, progress)
+        common.show(_summary(report, request, output), report.warnings, quiet)
+        common.emit(output, report.to_dict() if json else None)
+
+
+def _summary(report, request, output: Path) -> list[tuple[str, str]]:
+    totals = report.totals()
+    changed = sum(entry.action != "keep" for entry in report.tensors)
+    rows = [
+        (request.remove, f"{changed} tensors changed with {request.method}, {len(report.tensors) - changed} kept"),
+        ("bytes", f"{common.size(totals['bytes_before'])} → {common.size(totals['bytes_after'])}"),
+        ("parameters", f"{totals['params_before']:,} → {totals['params_after']:,}"),
+    ]
+    if totals["sparsity"] is not None:
+        rows.append(("zeros", f"{totals['sparsity']:.2%} of the weights that were pruned"))
+    for key, label in (("predicted_distortion", "predicted damage"), ("measured_distortion", "measured damage")):
+        if key in report.quality.get("allocation", {}):
+            rows.append((label, f"{report.quality['allocation'][key]:.4g}"))
+    rows.append(("time", f"{report.seconds:.1f} s, peak memory {common.size(report.peak_rss_bytes)}"))
+    rows.append(("report", str(output / "report.html")))
+    return rows

@@ -1,0 +1,61 @@
+"""What `prune` was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# --remove -> (package that does it, its methods, the default first)
+TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "weights": ("weights", ("sparsegpt", "wanda", "magnitude", "ria", "random")),
+    "neurons": ("width", ("saliency", "taylor", "activation", "magnitude", "random")),
+    "heads": ("width", ("saliency", "taylor", "activation", "magnitude", "random")),
+    "channels": ("width", ("saliency", "taylor", "activation", "magnitude", "random")),
+    "vocab": ("vocab", ("frequency",)),
+    "layers": ("depth", ("cosine", "knapsack", "even")),
+    "attention": ("depth", ("cosine", "knapsack", "even")),
+    "mlp": ("depth", ("cosine", "knapsack", "even")),
+    "ranks": ("ranks", ("whitened", "svd", "kronecker")),
+    "experts": ("experts", ("frequency", "merge", "random")),
+    "norms": ("norms", ("fold",)),
+}
+ALLOCATIONS = ("uniform", "erk", "owl", "rd")
+
+
+@dataclass
+class Request:
+    """Everything that decides the output of one prune run."""
+
+    model: str
+    output: Path
+    remove: str = "weights"
+    method: str | None = None  # None: the target's default
+    sparsity: float | None = None  # share of what is removed; None: half, or what the pattern fixes
+    pattern: str = "unstructured"
+    allocate: str = "uniform"
+    rounds: int = 1
+    multiple_of: int = 1
+    repair: bool = True  # refit the layer that reads what is left
+    keep_shape: bool = False
+    merge: bool = False
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    policy: Path | None = None
+    calib: str | None = None
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    damping: float = 0.01
+    device: str = "auto"
+    max_memory_bytes: int | None = None
+    force: bool = False
+    resume: bool = False
+
+    def arguments(self) -> dict:
+        """The settings that decide the output bytes; another value of one of them is another run."""
+        skip = {"output", "force", "resume", "max_memory_bytes", "model"}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self).items()
+            if name not in skip
+        }
