@@ -90,7 +90,7 @@ def prune(
     \b
     --remove   methods, the default first
     weights    sparsegpt wanda magnitude ria random
-    neurons    saliency taylor activation magnitude random (also heads, channels)
+    neurons    activation saliency taylor magnitude random (also heads, channels)
     layers     cosine knapsack even (also attention, mlp)
     ranks      whitened svd kronecker
     experts    frequency merge random

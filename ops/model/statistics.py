@@ -66,11 +66,6 @@ class InputStatistics:
             self._mirrored = True
         return self._products
 
-    def relative_output_error(self, weight: torch.Tensor, difference: torch.Tensor) -> float:
-        """||D X||^2 / ||W X||^2 for a weight `[out, in]` and its change D: the error of the layer's output on the text."""
-        reference = float((weight @ self.hessian * weight).sum())
-        return float((difference @ self.hessian * difference).sum()) / reference if reference > 0 else 0.0
-
     def rescale(self, factor: torch.Tensor) -> None:
         """What would have been collected had every input been multiplied by `factor` `[in]`."""
         self.prepared.clear()
@@ -87,6 +82,13 @@ class InputStatistics:
     def samples(self) -> torch.Tensor:
         """The first rows that arrived `[≤ max_samples, in]`."""
         return torch.cat(self._rows)
+
+
+def output_error(weight: torch.Tensor, changed: torch.Tensor, hessian: torch.Tensor) -> float:
+    """||X (W - V)^T||^2 / ||X W^T||^2 of two weights `[out, in]` from X^T X `[in, in]`: the error of the layer's output."""
+    difference = weight - changed
+    energy = float((weight @ hessian * weight).sum())
+    return float((difference @ hessian * difference).sum()) / energy if energy > 0 else 0.0
 
 
 def _add_products(products: torch.Tensor, x: torch.Tensor, tokens: int) -> None:

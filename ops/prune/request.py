@@ -8,9 +8,9 @@ from pathlib import Path
 # --remove -> (package that does it, its methods, the default first)
 TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "weights": ("weights", ("sparsegpt", "wanda", "magnitude", "ria", "random")),
-    "neurons": ("width", ("saliency", "taylor", "activation", "magnitude", "random")),
-    "heads": ("width", ("saliency", "taylor", "activation", "magnitude", "random")),
-    "channels": ("width", ("saliency", "taylor", "activation", "magnitude", "random")),
+    "neurons": ("width", ("activation", "saliency", "taylor", "magnitude", "random")),
+    "heads": ("width", ("activation", "saliency", "taylor", "magnitude", "random")),
+    "channels": ("width", ("activation", "saliency", "taylor", "magnitude", "random")),
     "vocab": ("vocab", ("frequency",)),
     "layers": ("depth", ("cosine", "knapsack", "even")),
     "attention": ("depth", ("cosine", "knapsack", "even")),

@@ -17,7 +17,7 @@ from tersor.ops.model.memory import parking_space
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import Skeleton, weight_matrix
 from tersor.ops.model.spill import SpillPool
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics
+from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
 from tersor.ops.quantize.awq import AWQ
 from tersor.ops.quantize.data_free import quantize_tensor
 from tersor.ops.quantize.errors import ErrorSums
@@ -116,7 +116,7 @@ class _Quantizer(BlockRewriter):
             self.starved.append(step.linear.name)
             numbers["reason"] = f"{step.reason}; too few calibration tokens, rounded to nearest"
         elif "hessian" in self.method.needs:
-            numbers["error"]["output_relative_mse"] = statistics.relative_output_error(weight, weight - decoded)
+            numbers["error"]["output_relative_mse"] = output_error(weight, decoded, statistics.hessian)
             numbers["calibration_tokens"] = statistics.tokens
         set_weight(layer, decoded.to(layer.weight.dtype))
         cpu = QuantizedWeight(*(part if part is None else part.cpu() for part in quantized))

@@ -14,7 +14,7 @@ from tersor.formats.report import Report
 from tersor.ops.model.patterns import Pattern, parse_pattern
 from tersor.ops.model.selection import select
 from tersor.ops.model.soundness import check_folder
-from tersor.ops.model.statistics import InputStatistics
+from tersor.ops.model.statistics import InputStatistics, output_error
 from tersor.ops.prune.request import Request
 from tersor.ops.prune.rounds import prune, schedule
 from tersor.ops.prune.weights.magnitude import Magnitude
@@ -130,9 +130,7 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(pattern):
     weight, inputs = problem(columns=128)
     statistics = statistics_of(inputs)
     errors = [
-        statistics.relative_output_error(
-            weight, weight - method.prune(weight, statistics, parse_pattern(pattern), 0.5, "w")
-        )
+        output_error(weight, method.prune(weight, statistics, parse_pattern(pattern), 0.5, "w"), statistics.hessian)
         for method in (SparseGPT(), Wanda(), Magnitude())
     ]
     assert errors[0] < errors[1] < errors[2]

@@ -17,7 +17,7 @@ from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.copy import copy_tensor, not_finite
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import weight_matrix
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics
+from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.ranks.kronecker import kronecker
@@ -91,7 +91,7 @@ class _Weights:
         numbers = {"error": _weight_error(weight, decoded)}
         numbers["error"] |= {"kept_energy": product.energy, COUNT_KEY[factors.kind]: factors.count}
         if statistics is not None:
-            numbers["error"]["output_relative_mse"] = _output_error(weight, decoded, statistics.hessian)
+            numbers["error"]["output_relative_mse"] = output_error(weight, decoded, statistics.hessian)
         zeros = float((weight == 0).float().mean())
         if zeros > MANY_ZEROS:
             numbers["zeros_lost"] = zeros
@@ -155,13 +155,6 @@ def _weight_error(weight: torch.Tensor, decoded: torch.Tensor) -> dict:
     error, norm = torch.linalg.vector_norm(decoded - weight), torch.linalg.vector_norm(weight)
     relative = float(error / norm) ** 2 if error else 0.0
     return {"relative_mse": relative, "sqnr_db": -10 * math.log10(relative) if relative > 0 else None}
-
-
-def _output_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """||(W - W') X||^2 / ||W X||^2 from X^T X `[in, in]`: the error of the layer's output on the calibration text."""
-    difference = weight - decoded
-    reference = float((weight @ hessian * weight).sum())
-    return float((difference @ hessian * difference).sum()) / reference if reference > 0 else 0.0
 
 
 def _numbers(writer: CheckpointWriter) -> dict[str, dict]:

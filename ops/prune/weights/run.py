@@ -13,7 +13,7 @@ from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.copy import copy_tensor, not_finite
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import weight_matrix
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics
+from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.weights.allocate import allocate
@@ -110,7 +110,7 @@ def _numbers(weight: torch.Tensor, pruned: torch.Tensor, statistics: InputStatis
     norm = float(weight.square().sum())
     error = {"relative_mse": float(difference.square().sum()) / norm if norm else 0.0}
     if statistics is not None and "hessian" in statistics.needs:
-        error["output_relative_mse"] = statistics.relative_output_error(weight, difference)
+        error["output_relative_mse"] = output_error(weight, pruned, statistics.hessian)
     zeros = int((pruned == 0).sum())
     return {
         "error": error,
