@@ -65,18 +65,21 @@ def test_package_list_is_complete():
     assert listed == found
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["quantize"], ["nonsense"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["quantize", "--help"], ["prune", "--help"], ["prune"], ["nonsense"], ["--version"]]
+)
 def test_the_shell_does_not_import_torch(arguments):
     code = "import sys\nsys.argv = ['tersor', *sys.argv[1:]]\nfrom tersor.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
     code += "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
 
 
-def test_dry_run_does_not_import_torch(family):
+@pytest.mark.parametrize("command", [["quantize"], ["prune"], ["prune", "--remove", "ranks"]], ids=" ".join)
+def test_dry_run_does_not_import_torch(command, family):
     code = "import sys\nsys.argv = ['tersor', *sys.argv[1:]]\nfrom tersor.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
     code += "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     subprocess.run(
-        [sys.executable, "-c", code, "quantize", str(family("llama")), "--dry-run"], check=True, capture_output=True
+        [sys.executable, "-c", code, *command, str(family("llama")), "--dry-run"], check=True, capture_output=True
     )
 
 

@@ -1,0 +1,42 @@
+"""The best values of the weights that stay, for a mask that is given: least squares by conjugate gradients.
+
+SparseGPT fixes columns from left to right, so a weight never makes up for what goes later to its right. Some steps of
+conjugate gradients on all that stay, of all rows at once, win that back (as in ALPS, Meng et al., arXiv:2406.07831).
+"""
+
+from __future__ import annotations
+
+import torch
+
+STEPS = 8
+
+
+def refine(
+    weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor, damping: float, steps: int = STEPS
+) -> torch.Tensor:
+    """`pruned` float32 `[out, in]` with its zeros, the others moved to lower tr((W - V) (H + damping mean(diag H)) (W - V)^T).
+
+    `weight` is the dense W `[out, in]`, `hessian` `[in, in]`. The error of no row grows.
+    """
+    keep = (pruned != 0).float()
+    ridge = damping * hessian.diagonal().mean()
+    scale = (hessian.diagonal() + ridge).clamp_min(torch.finfo(torch.float32).tiny)  # the preconditioner
+
+    def curved(matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix @ hessian).add_(ridge * matrix).mul_(keep)
+
+    found = pruned.clone()
+    rest = curved(weight - pruned)  # half of the descent direction
+    direction = rest / scale
+    energy = (rest * direction).sum(1, keepdim=True)
+    for _ in range(steps):
+        image = curved(direction)
+        curvature = (direction * image).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, energy / curvature, 0)
+        found.addcmul_(step, direction)
+        rest.addcmul_(step, image, value=-1)
+        conditioned = rest / scale
+        renewed = (rest * conditioned).sum(1, keepdim=True)
+        direction.mul_(torch.where(energy > 0, renewed / energy, 0)).add_(conditioned)
+        energy = renewed
+    return found
