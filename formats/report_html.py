@@ -23,7 +23,7 @@ ERRORS = {
     "relative_mse": ("Error of the weights", "Squared error of the stored weights, as a share of the weights squared."),
 }  # fmt: skip
 SAME_ERROR = {"sqnr_db"}
-NEGATIONS = {"symmetric": "--asymmetric", "clip": "--no-clip", "activation_order": "--no-activation-order", "keep_zeros": "--no-keep-zeros"}  # fmt: skip
+NEGATIONS = {"symmetric": "--asymmetric", "clip": "--no-clip", "activation_order": "--no-activation-order", "keep_zeros": "--no-keep-zeros", "repair": "--no-repair"}  # fmt: skip
 TILES = {"perplexity", "compared_perplexity", "kl_divergence", "top1_agreement"}
 MOST_GROUPS = 15  # rows of the tables that are open at once
 MOST_ROWS = 20_000  # rows of the folded table; browsers grow slow beyond
@@ -332,7 +332,8 @@ def _headline(content: dict) -> str:
     args, (before, after) = content["args"], _bytes(content)
     verb = content["command"].capitalize()
     verb = verb[:-1] + "ied" if verb.endswith("y") else verb.removesuffix("e") + "ed"
-    text = f"{verb} {_stem(content['input']['path'])}"
+    what = f"{args['remove']} of " if args.get("remove") else ""
+    text = f"{verb} {what}{_stem(content['input']['path'])}"
     text += f" to {args.get('scheme') or args['to']}" if args.get("scheme") or args.get("to") else ""
     text += f" with {args['method']}" if args.get("method") else ""
     text += f" at {percent(args['sparsity'])} sparsity" if isinstance(args.get("sparsity"), float) else ""

@@ -29,7 +29,7 @@ TERSOR = [sys.executable, "-m", "tersor.cli.main"]
 def test_stdout_is_one_path(command, lines, tmp_path, quantized):
     result = run(*lines[command])
     assert result.exit_code == 0, result.stderr
-    expected = tmp_path / "out" if command in ("convert", "quantize") else quantized
+    expected = tmp_path / "out" if command in ("convert", "prune", "quantize") else quantized
     assert result.stdout == f"{expected}\n"
     assert result.stderr  # a summary
 
@@ -52,7 +52,7 @@ def test_json(command, lines):
         assert (found["schema"], found["command"]) == ("tersor.report/1", command)
 
 
-@pytest.mark.parametrize("command", ["convert", "quantize"])
+@pytest.mark.parametrize("command", ["convert", "prune", "quantize"])
 def test_json_is_the_report_on_disk(command, lines, tmp_path):
     found = json.loads(run(*lines[command], "--json", "-q").stdout)
     assert found == json.loads((tmp_path / "out" / "report.json").read_text())
@@ -252,7 +252,7 @@ def test_ctrl_c(command, lines):
     assert process.returncode == 130
     assert stdout == ""
     assert stderr.startswith("interrupted")
-    assert ("--resume" in stderr) == (command in ("convert", "quantize"))
+    assert ("--resume" in stderr) == (command in ("convert", "prune", "quantize"))
     assert "Traceback" not in stderr
 
 
