@@ -40,7 +40,7 @@ demo: $(SMOLLM2)/config.json
 # Kernels run through Triton's interpreter on a machine without a GPU; it must be switched on before triton is imported,
 # hence a process of their own.
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 	TRITON_INTERPRET=$$($(BIN)/python -c "import torch; print(0 if torch.cuda.is_available() else 1)") \
 	  $(BIN)/python -m pytest -n 2 -m triton tests/kernels
 
