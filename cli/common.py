@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from tersor.formats.errors import TersorError
+from tersor.formats.units import size
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, .safetensors file, Hub id (org/name), or - for a path on stdin.")
@@ -28,6 +29,27 @@ MaxMemory = Annotated[
     str | None,
     typer.Option("--max-memory", metavar="SIZE", help="Cap such as 8GiB; waiting activations go to disk past it."),
 ]
+Include = Annotated[
+    list[str] | None, typer.Option(metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="REGEX", help="Leave tensors whose name matches. Repeatable.")
+]
+Policy = Annotated[Path | None, typer.Option(metavar="FILE", help="Per-tensor settings, JSON (tersor.policy/1).")]
+Calib = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SRC", help="Calibration text: .txt .jsonl .parquet, Hub dataset, self. Default: shipped prose."
+    ),
+]
+Stats = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Statistics of the dense model, from profile --collect, instead of calibrating."),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per window.")]
+Seed = Annotated[int, typer.Option(help="Which windows are drawn, and random choices.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would happen to each tensor, and write nothing.")]
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -164,15 +186,6 @@ def emit(path: Path | str, report: dict | None) -> None:
     """The only thing on stdout."""
     sys.stdout.write((json.dumps(report, indent=2) if report is not None else str(path)) + "\n")
     sys.stdout.flush()
-
-
-def size(nbytes: int) -> str:
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 def show_forecast(found: dict, json: bool) -> None:

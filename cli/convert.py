@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from tersor.cli import common
+from tersor.formats.units import size
 
 
 def convert(
@@ -36,7 +37,7 @@ def convert(
             report = run(request, progress)
         totals = report.totals()
         rows = [
-            ("bytes", f"{common.size(totals['bytes_before'])} → {common.size(totals['bytes_after'])}"),
+            ("bytes", f"{size(totals['bytes_before'])} → {size(totals['bytes_after'])}"),
             ("report", str(output / "report.html")),
         ]
         common.show(rows, report.warnings, quiet)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from tersor.cli import common
+from tersor.formats.units import size
 
 
 def prune(
@@ -37,7 +38,8 @@ def prune(
         int, typer.Option(min=1, help="Round kept widths up to this, for kernels and tensor parallelism.")
     ] = 1,
     repair: Annotated[
-        bool, typer.Option("--repair/--no-repair", help="Refit the layer that reads what is left, by least squares.")
+        bool,
+        typer.Option("--repair/--no-repair", help="Refit what stays, or the layer that reads it, by least squares."),
     ] = True,
     keep_shape: Annotated[
         bool, typer.Option("--keep-shape", help="Write zeros in the old shapes instead of removing.")
@@ -45,32 +47,20 @@ def prune(
     merge: Annotated[
         bool, typer.Option("--merge", help="ranks: write the product of the factors in the old shape.")
     ] = False,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Leave tensors whose name matches. Repeatable.")
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Per-tensor settings, JSON (tersor.policy/1).")
-    ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC", help="Calibration text: .txt .jsonl .parquet, Hub dataset, self. Default: shipped prose."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn, and random choices.")] = 0,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    policy: common.Policy = None,
+    stats: common.Stats = None,
+    calib: common.Calib = None,
+    samples: common.Samples = 128,
+    seq_len: common.SeqLen = 512,
+    seed: common.Seed = 0,
     damping: Annotated[
         float, typer.Option(min=0.0, help="Share of the mean diagonal added to a Hessian before it is inverted.")
     ] = 0.01,
     device: common.Device = "auto",
     max_memory: common.MaxMemory = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would happen to each tensor, and write nothing.")
-    ] = False,
+    dry_run: common.DryRun = False,
     force: common.Force = False,
     resume: common.Resume = False,
     json: common.Json = False,
@@ -103,13 +93,13 @@ def prune(
 
         request = Request(
             common.resolve_input(model), output, remove, method, sparsity, pattern, allocate, rounds, multiple_of, repair,
-            keep_shape, merge, include or [], exclude or [], policy, calib, samples, seq_len, seed, damping, device,
+            keep_shape, merge, include or [], exclude or [], policy, stats, calib, samples, seq_len, seed, damping, device,
             common.parse_size(max_memory), force, resume,
         )  # fmt: skip
         if dry_run:
             from tersor.ops.prune.forecast import forecast
 
-            common.show_forecast(forecast(*plan(request)[:2], request), json)
+            common.show_forecast(forecast(*plan(request), request), json)
             return
         if output is None:
             raise typer.BadParameter("an output folder is needed, or --dry-run", param_hint="'-o' / '--output'")
@@ -126,7 +116,7 @@ def _summary(report, request, output: Path) -> list[tuple[str, str]]:
     changed = sum(entry.action != "keep" for entry in report.tensors)
     rows = [
         (request.remove, f"{changed} tensors changed with {request.method}, {len(report.tensors) - changed} kept"),
-        ("bytes", f"{common.size(totals['bytes_before'])} → {common.size(totals['bytes_after'])}"),
+        ("bytes", f"{size(totals['bytes_before'])} → {size(totals['bytes_after'])}"),
         ("parameters", f"{totals['params_before']:,} → {totals['params_after']:,}"),
     ]
     if totals["sparsity"] is not None:
@@ -134,6 +124,6 @@ def _summary(report, request, output: Path) -> list[tuple[str, str]]:
     for key, label in (("predicted_distortion", "predicted damage"), ("measured_distortion", "measured damage")):
         if key in report.quality.get("allocation", {}):
             rows.append((label, f"{report.quality['allocation'][key]:.4g}"))
-    rows.append(("time", f"{report.seconds:.1f} s, peak memory {common.size(report.peak_rss_bytes)}"))
+    rows.append(("time", f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"))
     rows.append(("report", str(output / "report.html")))
     return rows

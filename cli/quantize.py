@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from tersor.cli import common
+from tersor.formats.units import size
 
 
 def quantize(
@@ -30,27 +30,17 @@ def quantize(
     clip: Annotated[
         bool, typer.Option("--clip/--no-clip", help="Search each group's range for the least error.")
     ] = True,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Only tensors whose name matches. Repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Leave tensors whose name matches. Repeatable.")
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Per-tensor settings, JSON (tersor.policy/1).")
-    ] = None,
+    include: common.Include = None,
+    exclude: common.Exclude = None,
+    policy: common.Policy = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="An error where a group size does not fit, not a smaller group.")
     ] = False,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SRC", help="Calibration text: .txt .jsonl .parquet, Hub dataset, self. Default: shipped prose."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
+    stats: common.Stats = None,
+    calib: common.Calib = None,
+    samples: common.Samples = 128,
+    seq_len: common.SeqLen = 512,
+    seed: common.Seed = 0,
     damping: Annotated[
         float, typer.Option(min=0.0, help="gptq: share of the mean diagonal added to the Hessian.")
     ] = 0.01,
@@ -62,9 +52,7 @@ def quantize(
     ] = True,
     device: common.Device = "auto",
     max_memory: common.MaxMemory = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would happen to each tensor, from headers only.")
-    ] = False,
+    dry_run: common.DryRun = False,
     force: common.Force = False,
     resume: common.Resume = False,
     json: common.Json = False,
@@ -89,7 +77,7 @@ def quantize(
 
         request = Request(
             common.resolve_input(model), output, scheme, method, group_size, symmetric, format, clip, include or [], exclude or [],
-            policy, strict, calib, samples, seq_len, seed, damping, activation_order, keep_zeros, device, common.parse_size(max_memory),
+            policy, strict, stats, calib, samples, seq_len, seed, damping, activation_order, keep_zeros, device, common.parse_size(max_memory),
             force, resume,
         )  # fmt: skip
         if dry_run:
@@ -108,9 +96,9 @@ def quantize(
         common.show(
             [
                 ("layers", f"{counts} quantized with {method}, {len(report.tensors) - counts} tensors kept"),
-                ("bytes", f"{common.size(totals['bytes_before'])} → {common.size(totals['bytes_after'])}"),
+                ("bytes", f"{size(totals['bytes_before'])} → {size(totals['bytes_after'])}"),
                 ("bits per weight", f"{totals['bits_per_weight']:.2f}"),
-                ("time", f"{report.seconds:.1f} s, peak memory {common.size(report.peak_rss_bytes)}"),
+                ("time", f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"),
                 ("report", str(output / "report.html")),
             ],
             report.warnings,

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from tersor.formats.errors import TersorError
 from tersor.formats.header import TORCH_DTYPES, TensorInfo, read_header
+from tersor.formats.json_file import read_object
 
 if TYPE_CHECKING:
     import torch
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+SAVE_AGAIN = "save or download the file again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Files of the input that describe its own weights; a new checkpoint writes its own.
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", *PICKLE_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack")
@@ -36,7 +38,9 @@ class Checkpoint:
         if self.path.is_file():
             self.shards = [self.path]
         elif self.path.is_dir():
-            self.config = _load_json(self.path / "config.json") if (self.path / "config.json").exists() else None
+            self.config = (
+                read_object(self.path / "config.json", SAVE_AGAIN) if (self.path / "config.json").exists() else None
+            )
             self.shards = _find_shards(self.path)
         else:
             raise TersorError(f"{self.path}: no such file or folder", "give a checkpoint folder or a .safetensors file")
@@ -137,16 +141,6 @@ class Checkpoint:
             raise TersorError(f"{file}: {error.strerror}", "check the disk") from error
 
 
-def _load_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TersorError(f"{path}: not readable as JSON ({error})", "save or download the file again") from error
-    if not isinstance(value, dict):
-        raise TersorError(f"{path}: not a JSON object", "save or download the file again")
-    return value
-
-
 def _find_shards(folder: Path) -> list[Path]:
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.exists():
@@ -170,7 +164,7 @@ def _find_shards(folder: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _load_json(index).get("weight_map")
+    weight_map = read_object(index, SAVE_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise TersorError(f"{index}: no weight_map from tensor names to files", "save or download the index again")
     return weight_map
@@ -192,8 +186,11 @@ def _shards_of_index(folder: Path, index: Path) -> list[Path]:
 
 
 def _check_index(index: Path, tensors: dict[str, TensorInfo]) -> None:
+    shards: dict[str, Path] = {}  # a path is made once for each, not for each of many thousand tensors
     for name, file in _weight_map(index).items():
-        if name not in tensors or tensors[name].file != index.parent / file:
+        if file not in shards:
+            shards[file] = index.parent / file
+        if name not in tensors or tensors[name].file != shards[file]:
             where = "no shard has it" if name not in tensors else f"it is in {tensors[name].file.name}"
             raise TersorError(
                 f"{index}: tensor {name!r} should be in {file}, but {where}", "download the checkpoint again"

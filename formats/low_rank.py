@@ -13,7 +13,6 @@ Conv1D). Nothing in it is believed before the tensors themselves have confirmed 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +22,7 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.conv1d import is_transposed
 from tersor.formats.errors import TersorError
 from tersor.formats.header import FLOAT_DTYPES, TORCH_DTYPES, tensor_bytes
+from tersor.formats.json_file import read_object
 from tersor.formats.writer import Layout
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def detect(checkpoint: Checkpoint) -> dict[str, Factors]:
                 f"give the whole folder, with the {FILE_NAME} that was written with it",
             )
         return {}
-    content = _load(path)
+    content = read_object(path, "write the checkpoint again")
     if content.get("schema") != SCHEMA:
         if not found:
             return {}  # a file of that name which is none of ours
@@ -158,16 +158,6 @@ def refuse(checkpoint: Checkpoint, why: str) -> None:
             f"{checkpoint.path}: {len(modules)} layers are stored as factors, for example {next(iter(modules))!r}; {why}",
             "fold them back first: tersor convert MODEL --to dense -o DENSE",
         )
-
-
-def _load(path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TersorError(f"{path}: not readable as JSON ({error})", "write the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise TersorError(f"{path}: not a JSON object", "write the checkpoint again")
-    return content
 
 
 def _damaged(checkpoint: Checkpoint, what: str) -> TersorError:

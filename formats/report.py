@@ -115,10 +115,12 @@ class Report:
         """`report.json` and `report.html` in `folder`."""
         from tersor.formats.report_html import render
 
-        content = self.to_dict()
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        self.write_json(folder)
+        (folder / "report.html").write_text(render(self.to_dict()), "utf-8")
+
+    def write_json(self, folder: Path) -> None:
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
         (folder / "report.json").write_text(text, "utf-8", "backslashreplace")  # a path may hold what is not UTF-8
-        (folder / "report.html").write_text(render(content), "utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Report:
@@ -187,7 +189,12 @@ def finite(value: Any) -> Any:
 
 
 def peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory this process ever had. getrusage would count what its parent had before the program began, too."""
+    try:
+        with open("/proc/self/status") as stream:
+            return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_bytes() -> int:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tersor.formats import svg
-from tersor.formats.svg import count, duration, escape, finite, number, percent, ratio, size, small
+from tersor.formats import svg, svg_plots, units
+from tersor.formats.svg import escape, small
+from tersor.formats.units import count, duration, finite, number, percent, ratio, size
 
 # What `error` of a tensor may hold, the most telling first. sqnr_db is relative_mse once more, in decibels.
 ERRORS = {
@@ -51,20 +52,12 @@ class Row(NamedTuple):
 
 def render(content: dict) -> str:
     """The page of a report (`Report.to_dict()`). The same content gives the same page."""
-    style = Path(__file__).with_name("report.css").read_text("utf-8")
     rows = locate_tensors(content["tensors"])
     sections = (
-        hero(content, rows), warnings(content["warnings"]), history(content), quality(content["quality"]),
+        hero(content, rows), svg.warnings(content["warnings"]), history(content), quality(content["quality"]),
         bytes_by_kind(rows), kept(rows), changed(rows), by_layer(rows), every_tensor(rows), provenance(content),
     )  # fmt: skip
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {svg.policy_hash(style)}; script-src {svg.policy_hash(svg.SCRIPT)}"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_headline(content))} · tersor</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
-        f"{''.join(sections)}\n</main>\n<script>{svg.SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return svg.page(_headline(content), "".join(sections), svg.SCRIPT)
 
 
 def locate_tensors(entries: list[dict]) -> list[Row]:
@@ -128,10 +121,7 @@ def hero(content: dict, rows: list[Row]) -> str:
     if origin := finite(_get(past[0], "input", "bytes")) if past and after else None:
         whole = f"{size(origin)} → {size(after)}, {ratio(origin, after)}"
         tiles.append(("Whole pipeline", f"{len(past) + 1} steps", whole))
-    return (
-        f'<header>\n<p class="eyebrow">tersor {escape(content["command"])}</p>\n<h1>{escape(_headline(content))}</h1>\n'
-        f"{svg.tiles(tiles)}\n</header>"
-    )
+    return svg.header(f"tersor {content['command']}", _headline(content), tiles)
 
 
 def _quality_tiles(found: dict) -> list[tuple[str, object, str]]:
@@ -146,11 +136,6 @@ def _quality_tiles(found: dict) -> list[tuple[str, object, str]]:
     if (agreement := finite(found.get("top1_agreement"))) is not None:
         tiles.append(("Top-1 agreement", percent(agreement), "of tokens predicted alike"))
     return tiles
-
-
-def warnings(texts: list[str]) -> str:
-    title = "1 warning" if len(texts) == 1 else f"{len(texts)} warnings"
-    return f'<section class="warnings"><h2>{title}</h2>{svg.listing(texts)}</section>' if texts else ""
 
 
 def history(content: dict) -> str:
@@ -171,7 +156,7 @@ def history(content: dict) -> str:
         items.append(
             f"<li><b>{escape(_get(step, 'command') or '?')}</b> {escape(_stem(_get(step, 'input', 'path')))} → "
             f"{escape(_stem(_get(step, 'output', 'path')))}{small(' · '.join(filter(None, notes)))}"
-            f"{_shell(step)}{svg.listing(heard if isinstance(heard, list) else [])}</li>"
+            f"{svg.command(command_line(step))}{svg.listing(heard if isinstance(heard, list) else [])}</li>"
         )
     body = f'<ol class="steps">{"".join(items)}</ol>' if content["history"] else ""
     return svg.section("How this checkpoint came about", body)
@@ -247,18 +232,18 @@ def by_layer(rows: list[Row]) -> str:
     worked, parts, errors = _changed(rows), [], _error_names(rows)
     groups = _grouped([row for row in worked if row.layer is not None], lambda row: row.kind)  # same order, same colour
 
-    def chart(key: str, title: str, text: str, read: Callable[[Row], float | None], form: Callable) -> None:
+    def chart(key: str, title: str, text: str, read: Callable[[Row], float | None], unit: str) -> None:
         points = [(kind, row.layer, read(row)) for kind, members in groups for row in members if read(row) is not None]
-        parts.append(svg.lines(key, title, text, points, form, "layer"))
+        parts.append(svg_plots.lines(key, title, text, points, unit, "layer"))
 
     for name in errors[:2]:
         title, text = ERRORS.get(name, (name.replace("_", " ").capitalize(), "As the command measured it."))
-        chart(name, title, text, lambda row, name=name: row.error.get(name), _form(name))
+        chart(name, title, text, lambda row, name=name: row.error.get(name), _unit(name))
     bits = [row.bits for row in worked if row.bits is not None]
     if bits and max(bits) - min(bits) >= 0.5:
-        chart("bits", "Bits per weight", "Scales and zero points counted.", lambda row: row.bits, number)
+        chart("bits", "Bits per weight", "Scales and zero points counted.", lambda row: row.bits, "number")
     if max((row.sparsity or 0 for row in worked), default=0) >= 0.01:
-        chart("zeros", "Zeros", "Share of the weights that are zero.", lambda row: row.sparsity, percent)
+        chart("zeros", "Zeros", "Share of the weights that are zero.", lambda row: row.sparsity, "percent")
     measured = [row for row in worked if errors and errors[0] in row.error]
     if len(measured) > 10:
         body = "".join(
@@ -302,7 +287,7 @@ def provenance(content: dict) -> str:
         if content[side]:
             pairs.append((side, f"{content[side]['path']}, fingerprint {content[side]['fingerprint']}"))
     pairs += [svg.keyed(key, value) for key, value in content["args"].items() if key not in ("seed", "device")]
-    return svg.section("How to do it again", f"<p>{_shell(content)}</p>{svg.facts(pairs)}")
+    return svg.section("How to do it again", f"<p>{svg.command(command_line(content))}</p>{svg.facts(pairs)}")
 
 
 # ---------------------------------------------------------------- words and groups
@@ -321,11 +306,6 @@ def command_line(step: dict) -> str:
             for item in value if isinstance(value, list) else [value]:
                 words += [f"{option}={item}"] if str(item).startswith("-") else [option, str(item)]
     return shlex.join(words)
-
-
-def _shell(step: dict) -> str:
-    """The command line as HTML that breaks before options, not within."""
-    return f"<code><span>{escape(command_line(step)).replace(' --', '</span> <span>--')}</span></code>"
 
 
 def _headline(content: dict) -> str:
@@ -384,5 +364,9 @@ def _error_names(rows: list[Row]) -> list[str]:
     return [name for name in ERRORS if name in found] + sorted(found - ERRORS.keys())
 
 
+def _unit(error_name: str | None) -> str:
+    return "percent" if error_name in ERRORS else "number"
+
+
 def _form(error_name: str | None) -> Callable[[float], str]:
-    return percent if error_name in ERRORS else number
+    return getattr(units, _unit(error_name))

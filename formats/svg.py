@@ -1,8 +1,8 @@
-"""What a page is made of that loads nothing: escaped text, numbers in human units, tables, and charts as inline SVG.
+"""What a page is made of that loads nothing: its shell, escaped text, tables, and bars as inline SVG (`svg_plots` has
+curves and points).
 
-Charts stretch to the width of the page while their text keeps its size: labels stand at percentages, and the lines of
-a plot live in a nested `<svg preserveAspectRatio="none">` whose strokes do not scale. Colours are CSS classes (`s0` to
-`s7`, `before`, `after`, `kept`), so that one stylesheet serves a light and a dark page.
+Charts stretch to the width of the page while their text keeps its size: labels stand at percentages. Colours are CSS
+classes (`s0` to `s7`, `rest`, `before`, `after`, `kept`), so that one stylesheet serves a light and a dark page.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import math
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from tersor.formats.units import duration, finite, number, size
+
 SERIES = 8  # as many as there are colours that people with any colour vision can tell apart, each with its own dashes
-DOTS = 1200  # a plot of more points has lines only
-COLUMNS = 400  # and no more points along x than a screen can show
 # Filters and sorts the searchable table, within its groups; without it the table is only longer to read.
 SCRIPT = """
 const table = document.getElementById("searchable"), box = document.getElementById("find");
@@ -39,7 +38,6 @@ if (table) {
   });
 }
 """
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Bar(NamedTuple):
@@ -50,71 +48,48 @@ class Bar(NamedTuple):
     tracks: list[list[tuple[str, float]]]
 
 
+def page(title: str, body: str, script: str = "") -> str:
+    """A whole page that may load nothing and run nothing but `script`. `body` is HTML."""
+    style = Path(__file__).with_name("report.css").read_text("utf-8")
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {policy_hash(style)}"
+    policy += f"; script-src {policy_hash(script)}" if script else ""
+    end = f"<script>{script}</script>\n" if script else ""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} · tersor</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
+        f"{body}\n</main>\n{end}</body>\n</html>\n"
+    )
+
+
+def header(eyebrow: str, title: str, found: Iterable[tuple[str, object, str]]) -> str:
+    """The top of a page: one sentence, and the numbers in tiles."""
+    return f'<header>\n<p class="eyebrow">{escape(eyebrow)}</p>\n<h1>{escape(title)}</h1>\n{tiles(found)}\n</header>'
+
+
+def policy_hash(text: str) -> str:
+    """How a content security policy names an inline text that it lets through."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 def escape(text: object) -> str:
-    """`text` as HTML. Control, bidirectional and surrogate characters are spelled out: names may be hostile."""
+    """`text` as HTML, on one line."""
+    return html.escape(spelled(text))
+
+
+def spelled(text: object) -> str:
+    """`text` with control, bidirectional and surrogate characters spelled out: names may be hostile."""
     plain = str(text)
-    if not plain.isprintable():
-        plain = "".join(_spelled(character) if not character.isprintable() else character for character in plain)
-    return html.escape(plain)
+    if plain.isprintable():
+        return plain
+    return "".join(character if character.isprintable() else _spelled(character) for character in plain)
 
 
 def _spelled(character: str) -> str:
     if character.isspace() and unicodedata.category(character) == "Zs":
         return " "
     return f"\\u{ord(character):04x}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in powers of 1000, as disks and the Hub count them."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.2f} TB"
-
-
-def count(value: float) -> str:
-    for power, unit in ((12, " T"), (9, " B"), (6, " M"), (3, " k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.4g}{unit}"
-    return f"{value:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{number(seconds, 2)} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if seconds < 3600:
-        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def finite(value: object) -> float | None:
-    """`value` if it is a number that a float can hold, which a report from elsewhere need not keep to."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 else None
-
-
-def number(given: object, digits: int = 3) -> str:
-    """`digits` significant digits, more where the whole part has them; other things as they are."""
-    if (value := finite(given)) is None:
-        return str(given)
-    if abs(value) >= 1000 or value == int(value):
-        return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
-    power = math.floor(math.log10(abs(value)))
-    if power < -4:
-        return f"{value / 10.0**power:.2g}×10{str(power).translate(SUPERSCRIPT)}"
-    return f"{value:.{max(0, digits - 1 - power)}f}".rstrip("0").rstrip(".")
-
-
-def percent(share: float) -> str:
-    return f"{number(100 * share, 2 if share < 0.1 else 3)} %"
-
-
-def ratio(before: float, after: float) -> str:
-    if before == after:
-        return "same size"
-    return f"{number(before / after)}× smaller" if after < before else f"{number(after / before)}× larger"
 
 
 def shorten(text: str, limit: int) -> str:
@@ -148,9 +123,20 @@ def few(texts: Iterable[str], most: int = 2) -> str:
     return escape(", ".join(found[:most]) + (f" and {len(found) - most:,} more" if len(found) > most else ""))
 
 
-def listing(texts: Iterable[object]) -> str:
+def command(line: str) -> str:
+    """A command line as HTML that breaks before options, not within."""
+    return f"<code><span>{escape(line).replace(' --', '</span> <span>--')}</span></code>"
+
+
+def warnings(texts: Sequence[str], level: int = 2) -> str:
+    """A box that stands out; `level` is that of its heading."""
+    title = "1 warning" if len(texts) == 1 else f"{len(texts)} warnings"
+    return f'<div class="warnings"><h{level}>{title}</h{level}>{listing(texts)}</div>' if texts else ""
+
+
+def listing(texts: Iterable[object], kind: str = "") -> str:
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return f"<ul>{items}</ul>" if items else ""
+    return f"<ul{f' class={kind}' if kind else ''}>{items}</ul>" if items else ""
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> str:
@@ -160,8 +146,8 @@ def facts(pairs: Iterable[tuple[object, object]]) -> str:
 
 def tiles(found: Iterable[tuple[str, object, str]]) -> str:
     """Name, value and a word on it."""
-    body = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in found)
-    return f'<dl class="tiles">{"".join(body)}</dl>'
+    body = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}{small(c)}</dd></div>" for a, b, c in found)
+    return f'<dl class="tiles">{body}</dl>' if body else ""
 
 
 def table(label: str, heads: Sequence[str], bodies: str, numeric_from: int, key: str = "") -> str:
@@ -189,11 +175,6 @@ def section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
 
-def policy_hash(text: str) -> str:
-    """How a content security policy names an inline text that it lets through."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 def small(text: object) -> str:
     return f"<small>{escape(text)}</small>" if text else ""
 
@@ -209,139 +190,42 @@ def bars(key: str, title: str, description: str, rows: Sequence[Bar], classes: d
         for track in row.tracks:
             x = 0.0
             for name, value in track:
-                width = 100 * value / longest
-                parts.append(f'<rect class="{name}" x="{x:.2f}%" y="{y}" width="{width:.2f}%" height="{height}"/>')
+                width = max(100 * value / longest, 0.3 if value and not x else 0)  # what there is can be seen
+                place = f'x="{x:.2f}%" y="{y}" width="{width:.2f}%" height="{height}"'
+                parts.append(f'<rect class="{name}" {place}><title>{escape(classes.get(name, ""))}</title></rect>')
                 x += width
             y += height + 2
         y += 9
     used = {name for row in rows for track in row.tracks for name, _ in track}
     keys = [(f'<span class="key {name}"></span>', text) for name, text in classes.items() if name in used]
-    return _figure(key, title, description, y, "bars", "".join(parts), keys)
+    keys = keys if len(keys) > 1 else []
+    return figure(key, title, description, y, "bars", "".join(parts), keys)
 
 
-def lines(
+def figure(
     key: str,
     title: str,
     description: str,
-    points: Iterable[tuple[str, int, float]],
-    form: Callable[[float], str],
-    x_label: str,
-    height: int = 240,
+    height: int,
+    kind: str,
+    body: str,
+    legend: Iterable[tuple[str, str]],
+    scrolls: bool = False,
 ) -> str:
-    """A line per label over whole numbers x, from points (label, x, y); nothing for fewer than two different x.
+    """A chart of `height` pixels with its caption, drawn by `body`; one that `scrolls` keeps a least width.
 
-    Labels keep their order, and past SERIES of them the rest share one line. Points that share label and x become
-    their mean. The y axis is logarithmic where values span more than a decade; there zeros lie on the lower edge.
+    `legend` has a swatch, in HTML, and what it stands for. Without a body there is the caption alone.
     """
-    points = list(points)
-    if len({x for _, x, _ in points}) < 2:
-        return ""
-    series, averaged = _series(points)
-    description += " Means where a layer has several of a kind." if averaged else ""
-    values = [y for _, points in series for _, y in points]
-    positive = [value for value in values if value > 0]
-    logarithmic = bool(positive) and max(positive) > 10 * min(positive)
-    low, high, ticks = _log_axis(min(positive), max(positive)) if logarithmic else _linear_axis(max(values))
-    left, right = min(x for _, x, _ in points), max(x for _, x, _ in points)
-
-    def across(x: float) -> float:
-        return 1000 * (x - left) / (right - left)
-
-    def down(y: float) -> float:
-        if logarithmic:
-            share = (math.log(max(y, low)) - math.log(low)) / (math.log(high) - math.log(low))
-        else:
-            share = (max(y, low) - low) / (high - low)
-        return 1000 * (1 - share)
-
-    parts = []
-    for tick in ticks:
-        y = down(tick) / 10
-        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y:.1f}%" y2="{y:.1f}%"/>')
-        parts.append(f'<text class="value" x="-8" y="{y:.1f}%" dy="4">{escape(form(tick))}</text>')
-    for tick in _whole_ticks(left, right):
-        parts.append(f'<text class="middle" x="{across(tick) / 10:.1f}%" y="100%" dy="18">{tick:.0f}</text>')
-    parts.append(f'<text class="middle" x="50%" y="100%" dy="36">{escape(x_label)}</text>')
-    parts.append(
-        '<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none" overflow="visible">'
-    )
-    dots = len(values) <= DOTS
-    for index, (label, points) in enumerate(series):
-        path = " ".join(f"{across(x):.0f},{down(y):.0f}" for x, y in points)
-        parts.append(f'<g class="s{index}"><polyline class="line" points="{path}"/>')
-        if dots:
-            name = escape(label)
-            parts += [
-                f'<path class="dot" d="M{across(x):.0f} {down(y):.0f}h0"><title>{name}, {x:.0f}: {escape(form(y))}</title></path>'
-                for x, y in points
-            ]
-        parts.append("</g>")
-    parts.append("</svg>")
-    legend = [(_swatch(index), shorten(label, 40)) for index, (label, _) in enumerate(series)]
-    return _figure(key, title, description, height, "lines", "".join(parts), legend)
-
-
-def _figure(
-    key: str, title: str, description: str, height: int, kind: str, body: str, legend: Iterable[tuple[str, str]]
-) -> str:
-    """`legend` has a swatch, in HTML, and what it stands for."""
     key, title, description = escape(key), escape(title), escape(description)
+    caption = f"<figcaption>{f'<b>{title}</b> ' if title else ''}{description}</figcaption>"
+    if not body:
+        return f"<figure>{caption}</figure>"
     items = "".join(f"<li>{swatch}{escape(text)}</li>" for swatch, text in legend)
-    return (
-        f'<figure><figcaption><b>{title}</b> {description}</figcaption><ul class="legend">{items}</ul>'
+    items = f'<ul class="legend">{items}</ul>' if items else ""
+    picture = (
         f'<svg class="{kind}" role="img" aria-labelledby="{key}-title {key}-text" height="{height}">'
-        f'<title id="{key}-title">{title}</title><desc id="{key}-text">{description}</desc>{body}</svg></figure>'
+        f'<title id="{key}-title">{title}</title><desc id="{key}-text">{description}</desc>{body}</svg>'
     )
-
-
-def _swatch(index: int) -> str:
-    return (
-        f'<svg width="30" height="10" aria-hidden="true"><g class="s{index}"><line class="line" x1="1" x2="29" y1="5" y2="5"/>'
-        f'<path class="dot" d="M15 5h0"/></g></svg>'
-    )
-
-
-def _series(points: list[tuple[str, int, float]]) -> tuple[list[tuple[str, list[tuple[int, float]]]], bool]:
-    """Lines as (label, [(x, y)]) with x ascending and at most COLUMNS of them, and whether a y is a mean."""
-    labels = list(dict.fromkeys(label for label, _, _ in points))
-    others = f"{len(labels) - SERIES + 1} other kinds"
-    labels = labels if len(labels) <= SERIES else [*labels[: SERIES - 1], others]
-    first, last = min(x for _, x, _ in points), max(x for _, x, _ in points)
-    step = (last - first) // COLUMNS + 1
-    found = {label: defaultdict(list) for label in labels}
-    for label, x, y in points:
-        found[label if label in found else others][first + (x - first) // step * step].append(y)
-    averaged = any(len(values) > 1 for line in found.values() for values in line.values())
-    return [
-        (label, [(x, sum(ys) / len(ys)) for x, ys in sorted(line.items())]) for label, line in found.items()
-    ], averaged
-
-
-def _linear_axis(top: float) -> tuple[float, float, list[float]]:
-    """From zero to a little over `top`, with a tick at every 1, 2 or 5 times a power of ten."""
-    if top <= 0:
-        return 0.0, 1.0, [0.0]
-    step = 10 ** math.floor(math.log10(top / 4))
-    step *= next(factor for factor in (1, 2, 5, 10) if top / (step * factor) <= 5)
-    count = math.ceil(top / step - 1e-9)
-    return 0.0, step * count, [step * index for index in range(count + 1)]
-
-
-def _log_axis(bottom: float, top: float) -> tuple[float, float, list[float]]:
-    """A tick at every decade, thinned when there are many; at 1, 2 and 5 when there are few."""
-    first, last = math.floor(math.log10(bottom)), math.ceil(math.log10(top))
-    low, high = max(bottom * 0.8, 1e-300), min(top * 1.25, 1e300)
-    every = math.ceil((last - first) / 6)
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
-    return low, high, [tick for tick in ticks if low <= tick <= high]
-
-
-def _whole_ticks(left: float, right: float) -> list[float]:
-    span = right - left
-    if span <= 0:
-        return [left]
-    step = max(1, 10 ** math.floor(math.log10(span / 4 or 1)))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 7)
-    first = math.ceil(left / step) * step
-    return [first + step * index for index in range(int((right - first) // step) + 1)]
+    if scrolls:
+        picture = f'<div class="scroll wide" role="region" aria-label="{title}" tabindex="0">{picture}</div>'
+    return f"<figure>{caption}{items}{picture}</figure>"

@@ -14,64 +14,21 @@ import shutil
 import threading
 import time
 from contextlib import contextmanager
-from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tersor.formats.checkpoint import INDEX_NAME, Checkpoint
-from tersor.formats.errors import TersorError
 from tersor.formats.header import SAFETENSORS_DTYPES, TORCH_DTYPES, build_header, tensor_bytes
 from tersor.formats.journal import Journal
+from tersor.formats.output import commit, disk_errors, partial_path
 
 if TYPE_CHECKING:
     import torch
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 MAX_SHARD_BYTES = 5_000_000_000
-DISK_ERRORS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EFBIG: "file size limit",
-}
 SECONDS_BETWEEN_FLUSHES = 5.0
 COPY_BYTES = 8 << 20
-
-
-def partial_path(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def check_output(out: Path, source: Path | None, force: bool, resume: bool) -> None:
-    """Refuse an output that would destroy something. Raises TersorError; touches nothing."""
-    if source is not None:
-        target, origin = out.resolve(), source.resolve()
-        if target == origin:
-            raise TersorError(f"{out}: is the input", "choose another output folder")
-        if target in origin.parents or (origin.is_dir() and origin in target.parents):
-            where = "holds the input" if target in origin.parents else "lies inside the input"
-            raise TersorError(f"{out}: {where}", "choose another output folder")
-    if out.exists() and not out.is_dir():
-        raise TersorError(f"{out}: exists and is not a folder", "choose another output folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not force:
-            raise TersorError(
-                f"{out}: exists and is not empty", "choose another output folder, or replace it with --force"
-            )
-        if not _holds_checkpoint(out):
-            raise TersorError(
-                f"{out}: holds no checkpoint, and --force replaces nothing else", "empty it, or choose another folder"
-            )
-    if partial_path(out).exists() and not (force or resume):
-        raise TersorError(
-            f"{partial_path(out)}: left by a run that did not finish",
-            "continue it with --resume, or start over with --force",
-        )
-
-
-def _holds_checkpoint(folder: Path) -> bool:
-    return any(
-        path.name in ("config.json", "report.json") or path.suffix == ".safetensors" for path in folder.iterdir()
-    )
 
 
 class CheckpointWriter:
@@ -198,20 +155,7 @@ class CheckpointWriter:
         """Put everything on disk and give it its name."""
         self.flush()
         self._close()
-        with disk_errors(self.partial):
-            for file in self.partial.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            (self.partial / "journal.jsonl").unlink()
-            _sync(self.partial)
-            if self.out.exists() and any(self.out.iterdir()):  # only with --force, see check_output
-                old = _free_name(self.out.with_name(self.out.name + ".replaced"))
-                os.rename(self.out, old)
-                os.rename(self.partial, self.out)
-                shutil.rmtree(old)
-            else:
-                os.rename(self.partial, self.out)
-            _sync(self.out.parent)
+        commit(self.partial, self.out, remove=self.partial / "journal.jsonl")
 
     def _close(self) -> None:
         self.journal.close()
@@ -230,13 +174,6 @@ class CheckpointWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def _free_name(path: Path) -> Path:
-    """`path`, or `path.1`, `path.2` …: the first that is not there."""
-    return next(
-        name for name in chain([path], (path.with_name(f"{path.name}.{n}") for n in count(1))) if not name.exists()
-    )
-
-
 @contextmanager
 def writing(writer: CheckpointWriter):
     """Keep the partial output when the user interrupts, so that --resume can go on; remove it on any failure."""
@@ -245,18 +182,6 @@ def writing(writer: CheckpointWriter):
     except BaseException as error:
         writer.abort(keep=isinstance(error, KeyboardInterrupt))
         raise
-
-
-@contextmanager
-def disk_errors(path: Path):
-    """Turn what the operating system says about a write into an error that a user can act on."""
-    try:
-        yield
-    except OSError as error:
-        reason = DISK_ERRORS.get(error.errno, error.strerror or str(error))
-        raise TersorError(
-            f"{path}: cannot be written, {reason}", "free some space or choose another output folder"
-        ) from error
 
 
 def shard_names(count: int) -> list[str]:
@@ -286,11 +211,3 @@ def _reserve(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)  # a file system that cannot reserve: a full disk then shows while writing
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

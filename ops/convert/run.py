@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tersor import __version__
 from tersor.formats import encodings
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseTensor, DenseView
@@ -15,10 +14,11 @@ from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.errors import TersorError
 from tersor.formats.header import FLOAT_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
 from tersor.formats.locate import locate
+from tersor.formats.output import check_output
 from tersor.formats.report import Report, TensorEntry
-from tersor.formats.writer import CheckpointWriter, Layout, check_output, partial_path, writing
+from tersor.formats.writer import CheckpointWriter, Layout, writing
 from tersor.ops.model.copy import copy_tensor
-from tersor.ops.model.soundness import check_folder
+from tersor.ops.model.step import begin, publish, settings
 
 TARGETS = ("dense", "compressed-tensors", "gptq")
 OTHERWISE = "keep the encoding, or make it dense (tersor convert --to dense) and quantize again"
@@ -34,9 +34,6 @@ class Request:
     force: bool = False
     resume: bool = False
 
-    def arguments(self) -> dict:
-        return {"to": self.to, "dtype": self.dtype}
-
 
 def convert(request: Request, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Report:
     """Write `request.model` in another encoding. Raises TersorError where that would lose something."""
@@ -51,8 +48,7 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
         raise TersorError(f"{checkpoint.path}: is dense already", "quantize it with tersor quantize")
     _check_target(view, checkpoint, request.to)
     layout = {name: _plan(view, entry, name, request) for name, entry in view.tensors.items()}
-    key = {"version": __version__, "input": checkpoint.fingerprint(), **request.arguments()}
-    report = Report.start("convert", request.arguments(), 0, "cpu", checkpoint, Report.history_of(checkpoint.path))
+    key, report = begin("convert", checkpoint, settings(request), "cpu")
     flat: Layout = {name: entry for tensors in layout.values() for name, entry in tensors.items()}
     with writing(CheckpointWriter(request.output, flat, key, request.resume)) as writer:
         for count, (name, entry) in enumerate(view.tensors.items()):
@@ -62,15 +58,7 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
                 writer.finish(name, None)
             report.tensors.append(_entry(view, entry, name, layout[name]))
         _write_config(checkpoint, view, request, writer)
-        writer.copy_side_files(checkpoint)
-        problems = check_folder(partial_path(request.output), expected=flat, sample=True)
-        if problems:
-            raise TersorError(
-                f"{request.output}: the output is not sound: {problems[0]}", "please report this as a bug"
-            )
-        report.finish(Checkpoint(partial_path(request.output)), name=str(request.output))
-        report.write(writer.partial)
-        writer.commit()
+        publish(writer, checkpoint, report)
     return report
 
 
@@ -167,12 +155,12 @@ def _write_config(checkpoint: Checkpoint, view: DenseView, request: Request, wri
 
         selection = select(checkpoint)
         dense = [*selection.dense_modules, *selection.tables, *(linear.module for linear in selection.linears.values())]
-        settings = encodings.encoding(request.to).quantization_config(
+        quantization = encodings.encoding(request.to).quantization_config(
             schemes, [module for module in dense if module not in schemes]
         )
-        config["quantization_config"] = settings
+        config["quantization_config"] = quantization
         if request.to == "gptq":
-            writer.add_json("quantize_config.json", settings)
+            writer.add_json("quantize_config.json", quantization)
     else:
         config.pop("quantization_config", None)
         if not config:

@@ -321,7 +321,10 @@ def record_calls(skeleton: Skeleton, **inputs: torch.Tensor) -> list[_Recorder]:
         shapes = {_hidden_of(recorder.calls[0]).dim() for recorder in recorders if recorder.calls}
         if len(shapes) == 1 and all(recorder.calls for recorder in recorders):
             return recorders
-    raise TersorError(f"{type(model).__name__}: blocks are not called one after another", "use --method rtn")
+    raise TersorError(
+        f"{type(model).__name__}: blocks are not called one after another",
+        "use a method that runs no text (rtn of quantize, magnitude of prune)",
+    )
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from tersor.formats.header import FLOAT_DTYPES, TORCH_DTYPES
 from tersor.formats.writer import COPY_BYTES, CheckpointWriter
 
 
-def not_finite(name: str, checkpoint: Checkpoint) -> TersorError:
-    return TersorError(
-        f"{checkpoint.tensors[name].file}: tensor {name!r} holds NaN or Inf",
-        "the checkpoint is damaged: get a sound copy",
-    )
+def check_finite(values: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
+    """Raises TersorError when `values`, of tensor `name`, hold NaN or Inf. Integers always pass."""
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        raise TersorError(
+            f"{checkpoint.tensors[name].file}: tensor {name!r} holds NaN or Inf",
+            "the checkpoint is damaged: get a sound copy",
+        )
 
 
 def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter, new_name: str | None = None) -> None:
@@ -26,7 +28,5 @@ def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter, new
         checkpoint.read_bytes(info.file, info.offset + start, view)
         if info.dtype in FLOAT_DTYPES:
             values = piece.view(getattr(torch, TORCH_DTYPES[info.dtype]))
-            low, high = torch.aminmax(values)
-            if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
-                raise not_finite(name, checkpoint)
+            check_finite(torch.stack(torch.aminmax(values)), name, checkpoint)
         writer.write_bytes(new_name or name, start, view)

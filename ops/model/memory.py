@@ -45,6 +45,6 @@ def parking_space(max_memory_bytes: int | None, skeleton: Skeleton) -> int | Non
         raise TersorError(
             f"--max-memory {max_memory_bytes} bytes is {-left} too little: the largest block takes {BLOCK_COPIES * largest} "
             "while it is worked on",
-            "raise --max-memory, or use --method rtn, which needs a few panels only",
+            "raise --max-memory, or use a method that runs no text (rtn of quantize, magnitude of prune)",
         )
     return left

@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tersor.formats.checkpoint import Checkpoint
@@ -19,14 +20,14 @@ from tersor.ops.model.skeleton import Source, map_names
 from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
-Path = tuple[str, ...]
+Key = tuple[str, ...]
 
 
 @dataclass
 class Resized:
     """`config` are the top-level keys of config.json to replace, `axes` the parameters that change: name -> which axis."""
 
-    paths: list[Path]
+    paths: list[Key]
     config: dict
     axes: dict[str, int] = field(default_factory=dict)
 
@@ -52,6 +53,24 @@ def build_meta(checkpoint: Checkpoint, config: dict) -> nn.Module:
     return model.eval()
 
 
+def set_keys(raw: dict, changes: dict[Key, Any]) -> dict:
+    """`raw` with nested keys replaced; nothing shared is written to."""
+    result = dict(raw)
+    for key, value in changes.items():
+        here = result
+        for part in key[:-1]:
+            here[part] = dict(here.get(part) or {})
+            here = here[part]
+        here[key[-1]] = value
+    return result
+
+
+def top_level(raw: dict, changes: dict[Key, Any]) -> dict[str, Any]:
+    """The changes as whole top-level entries."""
+    changed = set_keys(raw, changes)
+    return {key[0]: changed[key[0]] for key in changes}
+
+
 def shapes_of(model: nn.Module) -> Shapes:
     """Every parameter and stored buffer, tied ones under each of their names."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -74,20 +93,19 @@ def resize(
 
     `before` are the shapes of the model as it is, `config` what else is to be changed along with it. None: there is none.
     """
-    base = copy.deepcopy(config if config is not None else checkpoint.require_config("which says what model this is"))
+    base = config if config is not None else checkpoint.require_config("which says what model this is")
     candidates = list(_paths(base, old))
     # Two at once: a config may hold the same number under an old and a new name.
     for paths in itertools.chain(((path,) for path in candidates), itertools.combinations(candidates, 2)):
-        changed = copy.deepcopy(base)
-        for path in paths:
-            _set(changed, path, new)
+        changes = dict.fromkeys(paths, new)
+        changed = set_keys(base, changes)
         try:
             after = shapes_of(build_meta(checkpoint, changed))
         except TersorError:
             continue
         axes = changed_axes(before, after, old, new)
         if axes is not None and wanted(axes):
-            return Resized(list(paths), {path[0]: changed[path[0]] for path in paths}, axes)
+            return Resized(list(paths), top_level(base, changes), axes)
     return None
 
 
@@ -108,15 +126,9 @@ def changed_axes(before: Shapes, after: Shapes, old: int, new: int) -> dict[str,
     return axes
 
 
-def _paths(config: dict, value: int, above: Path = ()) -> Iterator[Path]:
+def _paths(config: dict, value: int, above: Key = ()) -> Iterator[Key]:
     for key, found in config.items():
         if type(found) is int and found == value:
             yield (*above, key)
         elif isinstance(found, dict) and key.endswith("_config"):
             yield from _paths(found, value, (*above, key))
-
-
-def _set(config: dict, path: Path, value: int) -> None:
-    for key in path[:-1]:
-        config = config[key]
-    config[path[-1]] = value

@@ -14,7 +14,7 @@ from tersor.formats.conv1d import is_transposed
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.blocks import BlockPass
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.statistics import InputStatistics
 from torch import nn
 
@@ -65,8 +65,7 @@ class BlockRewriter:
         with self.skeleton.filled(index) as block:
             layers = {name: layer for name, layer in self.skeleton.linears(index).items() if name in self.names}
             for name, layer in layers.items():
-                if not bool(torch.isfinite(layer.weight).all()):
-                    raise not_finite(name, self.checkpoint)
+                check_finite(layer.weight, name, self.checkpoint)
             changed = self.block(index, block, layers, numbers)
             for name in self.skeleton.checkpoint_names(index):
                 if name in changed:

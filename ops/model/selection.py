@@ -7,7 +7,6 @@ left alone unless --include names it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.conv1d import is_transposed
 from tersor.formats.errors import TersorError
 from tersor.formats.header import FLOAT_DTYPES
+from tersor.formats.json_file import read_object
 
 NOT_LINEAR = re.compile(r"embed|wte$|wpe$|norm|(^|[._])ln[._\d]|conv|rotary|position|relative|bias")
 TOWERS = re.compile(r"(^|\.)(vision|visual|image|audio|speech)\w*\.")
@@ -50,6 +50,9 @@ class Selection:
     dense_modules: list[str] = field(default_factory=list)  # linear layers that stay as they are, tied heads included
     # Not linear by their names. Names can lie (GPT-NeoX's head is `embed_out`), so whoever lists what is dense adds them.
     tables: list[str] = field(default_factory=list)
+
+    def why_kept(self, name: str) -> str:
+        return self.reasons.get(name, "fewer than two dimensions")
 
 
 def tied_heads(checkpoint: Checkpoint) -> list[str]:
@@ -147,11 +150,8 @@ def load_policy(path: Path | None) -> list[tuple[re.Pattern, dict]]:
     """
     if path is None:
         return []
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise TersorError(f"{path}: not readable as JSON ({error})", "see the README for the policy format") from error
-    if not isinstance(content, dict) or content.get("schema") != "tersor.policy/1":
+    content = read_object(path, "see the README for the policy format")
+    if content.get("schema") != "tersor.policy/1":
         raise TersorError(f"{path}: not a policy", 'it should start with {"schema": "tersor.policy/1", "tensors": …}')
     entries = content.get("tensors")
     if not isinstance(entries, dict) or not all(isinstance(settings, dict) for settings in entries.values()):
@@ -166,3 +166,20 @@ def policy_for(policy: list[tuple[re.Pattern, dict]], name: str) -> dict:
         if pattern.fullmatch(name):
             settings = entry
     return settings
+
+
+def check_policy(policy: list[tuple[re.Pattern, dict]], checkpoint: Checkpoint, selection: Selection) -> list[str]:
+    """Warnings for patterns that change nothing. Raises TersorError for one that matches no tensor."""
+    warnings = []
+    for pattern, settings in policy:
+        names = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+        if not names:
+            raise TersorError(
+                f"policy: {pattern.pattern!r} matches no whole tensor name of {checkpoint.path}",
+                f"names look like {next(iter(checkpoint.tensors), '(none)')!r}",
+            )
+        if not settings.get("keep") and not any(name in selection.linears for name in names):
+            warnings.append(
+                f"policy {pattern.pattern!r} changes nothing: {names[0]} is kept ({selection.why_kept(names[0])})"
+            )
+    return warnings

@@ -49,7 +49,7 @@ class Skeleton:
         self.model = _build(view)
         self.sources = map_names(self.model, view)
         self.folded = folded_parameters(self.model, view.config)
-        self.block_prefix, self.blocks = _find_blocks(self.model)
+        self.block_prefix, self.blocks = find_blocks(self.model)
         self.by_parameter: dict[str, list[str]] = {}
         for name, source in self.sources.items():
             self.by_parameter.setdefault(source.parameter, []).append(name)
@@ -140,7 +140,7 @@ class Skeleton:
             if len(sources) != 1 or self.sources[sources[0]].expert is not None:
                 raise TersorError(
                     f"{prefix}.{name}: made of {len(sources)} checkpoint tensors in a way that is not known here",
-                    "use a method that needs no forward pass: --method rtn",
+                    "use a method that runs no text (rtn of quantize, magnitude of prune)",
                 )
             assign(block, name, self.view.read(sources[0]).to(self.device, self.dtype))
         for name, buffer in list(block.named_buffers()):  # the correction bias of a router
@@ -289,12 +289,12 @@ def _build(view: DenseView) -> nn.Module:
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise TersorError(
             f"{path}: transformers cannot build this model ({str(error).splitlines()[0][:160]})",
-            "update transformers, or use a method that needs no forward pass: --method rtn",
+            "update transformers, or use a method that runs no text (rtn of quantize, magnitude of prune)",
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise TersorError(
             f"{path}: an encoder-decoder ({config.model_type}), which is not run block by block yet",
-            "use a method that needs no forward pass: --method rtn",
+            "use a method that runs no text (rtn of quantize, magnitude of prune)",
         )
     model.config._experts_implementation = EXPERTS
     for module in model.modules():
@@ -341,13 +341,13 @@ def map_names(model: nn.Module, view: DenseView) -> dict[str, Source]:
         if expert is None or kinds not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
             raise TersorError(
                 f"{name}: transformers loads it through {', '.join(kinds)}, which the block pass does not do",
-                "use a method that needs no forward pass: --method rtn",
+                "use a method that runs no text (rtn of quantize, magnitude of prune)",
             )
         sources[name] = Source(target, pattern, int(expert[1]))
     return sources
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest list of modules of one kind that hold linear layers: decoder layers, encoder layers, ViT blocks."""
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tersor.formats.units import size
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,11 @@ class SpillPool:
     @property
     def active(self) -> bool:
         return self.max_bytes is not None
+
+    def warnings(self) -> list[str]:
+        """What the report says of it."""
+        spilled = f"{size(self.peak_spilled_bytes)} of activations went to disk to respect --max-memory"
+        return [spilled] if self.peak_spilled_bytes else []
 
     def park(self, storages: list[torch.UntypedStorage]) -> list[tuple[torch.UntypedStorage, int, int]]:
         """Let `storages` wait. Returns what `restore` needs: storage, bytes, place in the file (-1: in memory)."""

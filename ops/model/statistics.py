@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 PANEL_COLUMNS = 192
@@ -46,12 +48,26 @@ class InputStatistics:
             _add_products(self._products, x, self.tokens)
             self._mirrored = False
 
+    @classmethod
+    def restored(
+        cls, tokens: int, squares: torch.Tensor | None = None, hessian: torch.Tensor | None = None
+    ) -> InputStatistics:
+        """What was collected before: sums of squares `[in]`, and a whole X^T X / tokens `[in, in]`."""
+        found = cls({"column_norms"} if hessian is None else {"hessian"})
+        found.tokens, found._squares, found._products, found._mirrored = tokens, squares, hessian, True
+        return found
+
     @property
     def column_norms(self) -> torch.Tensor:
         """Root of the sum of squares of each input `[in]`."""
         if self._squares is None and self._products is not None:
             return (self._products.diagonal() * self.tokens).sqrt()
         return self._squares.sqrt()
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Sum of squares of each input `[in]`."""
+        return self._squares
 
     @property
     def column_means(self) -> torch.Tensor:
@@ -84,11 +100,25 @@ class InputStatistics:
         return torch.cat(self._rows)
 
 
+def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """||X W^T||^2 per row of X, of a weight or of a change of one `[out, in]`, from X^T X `[in, in]`."""
+    return float((weight @ hessian * weight).sum())
+
+
 def output_error(weight: torch.Tensor, changed: torch.Tensor, hessian: torch.Tensor) -> float:
     """||X (W - V)^T||^2 / ||X W^T||^2 of two weights `[out, in]` from X^T X `[in, in]`: the error of the layer's output."""
-    difference = weight - changed
-    energy = float((weight @ hessian * weight).sum())
-    return float((difference @ hessian * difference).sum()) / energy if energy > 0 else 0.0
+    energy = output_energy(weight, hessian)
+    return output_energy(weight - changed, hessian) / energy if energy > 0 else 0.0
+
+
+def weight_error(weight: torch.Tensor, stored: torch.Tensor) -> dict:
+    """What the stored weight is off, in the words of every report: ||W - V||^2 / ||W||^2, and the same in decibels."""
+    error, norm = torch.linalg.vector_norm(weight - stored.float()), torch.linalg.vector_norm(weight)
+    return in_decibels(float(error / norm) ** 2 if error else 0.0)
+
+
+def in_decibels(relative_mse: float) -> dict:
+    return {"relative_mse": relative_mse, "sqnr_db": -10 * math.log10(relative_mse) if relative_mse > 0 else None}
 
 
 def _add_products(products: torch.Tensor, x: torch.Tensor, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,9 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.calibration import load_windows
+from tersor.ops.model.collected import Collected
 from tersor.ops.model.memory import parking_space
+from tersor.ops.model.selection import Linear
 from tersor.ops.model.skeleton import Skeleton
 from tersor.ops.model.spill import SpillPool
 from tersor.ops.prune.request import Request
@@ -26,6 +29,12 @@ class Job:
     request: Request
     device: torch.device
     progress: Progress
+
+    def collected(self, linears: Collection[Linear], needs: Collection[str]) -> Collected:
+        """The statistics that --stats names, checked for these layers."""
+        lighter = self.request.repair and self.request.method != "sparsegpt"
+        instead = ", or use --no-repair, which needs norms only" if lighter else ""
+        return Collected(self.request.stats, self.checkpoint, linears, needs, self.device, instead)
 
     @cached_property
     def windows(self) -> torch.Tensor:

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tersor.formats.checkpoint import Checkpoint
+from tersor.formats.errors import TersorError
 from tersor.formats.header import tensor_bytes
 from tersor.formats.writer import Layout
+
+POLICY_KEYS = {"sparsity", "keep"}
+OF_QUANTIZE = {"scheme", "group_size", "symmetric"}  # one policy can serve both commands
 
 
 @dataclass
@@ -48,3 +52,18 @@ class Plan:
 def keep(checkpoint: Checkpoint, name: str, reason: str) -> Action:
     info = checkpoint.tensors[name]
     return Action("keep", reason, {name: (info.dtype, info.shape)})
+
+
+def share_of(settings: dict, name: str, default: float) -> float:
+    """The sparsity that a policy's entry for tensor `name` asks for. Raises TersorError for a malformed entry."""
+    unknown = settings.keys() - POLICY_KEYS - OF_QUANTIZE
+    if unknown:
+        raise TersorError(
+            f"policy for {name}: unknown keys {sorted(unknown)}", f"known: {' '.join(sorted(POLICY_KEYS))}"
+        )
+    if not isinstance(settings.get("keep", False), bool):
+        raise TersorError(f"policy for {name}: keep is {settings['keep']!r}", "it should be true or false")
+    share = settings.get("sparsity", default)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise TersorError(f"policy for {name}: sparsity {share!r} is not in [0, 1)", "0.5 removes half")
+    return share

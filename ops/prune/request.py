@@ -35,12 +35,13 @@ class Request:
     allocate: str = "uniform"
     rounds: int = 1
     multiple_of: int = 1
-    repair: bool = True  # refit the layer that reads what is left
+    repair: bool = True  # refit what is left, or the layer that reads it
     keep_shape: bool = False
     merge: bool = False
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     policy: Path | None = None
+    stats: Path | None = None  # statistics of `profile --collect`, in place of a calibration run
     calib: str | None = None
     samples: int = 128
     seq_len: int = 512
@@ -50,12 +51,3 @@ class Request:
     max_memory_bytes: int | None = None
     force: bool = False
     resume: bool = False
-
-    def arguments(self) -> dict:
-        """The settings that decide the output bytes; another value of one of them is another run."""
-        skip = {"output", "force", "resume", "max_memory_bytes", "model"}
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self).items()
-            if name not in skip
-        }

@@ -1,4 +1,7 @@
-"""`prune --rounds N`: N passes, each on the output of the one before, removing more and more (A8 of Zhu and Gupta)."""
+"""`prune --rounds N`: N passes, each on the output of the one before, removing more and more.
+
+The cubic schedule is that of Zhu and Gupta, "To prune, or not to prune" (arXiv:1710.01878).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tersor.formats.errors import TersorError
+from tersor.formats.output import check_output
 from tersor.formats.report import Report
-from tersor.formats.writer import check_output
 from tersor.ops.prune.request import Request
 from tersor.ops.prune.run import Progress, plan
 from tersor.ops.prune.run import prune as prune_once
@@ -27,7 +30,7 @@ def prune(request: Request, progress: Progress = lambda stage, done, total: None
         raise TersorError(f"--remove {request.remove} is done at once", "leave --rounds out, or use --remove weights")
     if request.policy is not None:
         raise TersorError("--rounds and --policy do not go together", "leave one of them out")
-    checkpoint, _, _ = plan(request)
+    checkpoint, _ = plan(request)
     check_output(request.output, checkpoint.path, request.force, request.resume)
     source, report = request.model, None
     for number, sparsity in enumerate(schedule(request.sparsity, request.rounds), 1):

@@ -5,23 +5,24 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from math import prod
-from types import ModuleType
 
-from tersor import __version__
 from tersor.formats import encodings, low_rank
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.locate import locate
+from tersor.formats.output import check_output
 from tersor.formats.report import Report, TensorEntry
-from tersor.formats.writer import CheckpointWriter, check_output, partial_path, writing
+from tersor.formats.statistics import Statistics
+from tersor.formats.writer import CheckpointWriter, writing
 from tersor.ops.model.patterns import parse_pattern
+from tersor.ops.model.step import begin, publish, settings
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.request import ALLOCATIONS, TARGETS, Request
 
 Progress = Callable[[str, int, int], None]
 
 
-def plan(request: Request) -> tuple[Checkpoint, Plan, ModuleType]:
+def plan(request: Request) -> tuple[Checkpoint, Plan]:
     """What would happen, before any text is read. Raises TersorError for anything that can be seen to fail."""
     if request.remove not in TARGETS:
         raise TersorError(f"--remove {request.remove!r} is not known", f"one of {' '.join(TARGETS)}")
@@ -43,6 +44,8 @@ def plan(request: Request) -> tuple[Checkpoint, Plan, ModuleType]:
         raise TersorError(f"--sparsity {request.sparsity} is not in [0, 1)", "0.5 removes half")
     if request.allocate not in ALLOCATIONS:
         raise TersorError(f"--allocate {request.allocate!r} is not known", f"one of {' '.join(ALLOCATIONS)}")
+    if request.stats is not None:
+        _check_stats(request)
     checkpoint = Checkpoint(locate(request.model))
     if encodings.detect(checkpoint.config, checkpoint.tensors) is not None:
         raise TersorError(
@@ -50,24 +53,43 @@ def plan(request: Request) -> tuple[Checkpoint, Plan, ModuleType]:
             "make it dense first: tersor convert MODEL --to dense -o DENSE",
         )
     low_rank.refuse(checkpoint, "their weights cannot be pruned")
-    target = importlib.import_module(f"tersor.ops.prune.{package}.plan")
-    return checkpoint, target.plan(checkpoint, request), target
+    return checkpoint, importlib.import_module(f"tersor.ops.prune.{package}.plan").plan(checkpoint, request)
+
+
+WITH_STATS = ("sparsegpt", "wanda", "ria")
+
+
+def _check_stats(request: Request) -> None:
+    """Raises TersorError where statistics of the dense layers are of no use, or not enough."""
+    leave = "leave --stats out"
+    if request.remove != "weights" or request.method not in WITH_STATS:
+        raise TersorError(
+            f"--remove {request.remove} --method {request.method} takes no --stats",
+            f"{leave}, or use --remove weights with one of {' '.join(WITH_STATS)}",
+        )
+    if request.allocate in ("owl", "rd"):
+        raise TersorError(
+            f"--allocate {request.allocate} runs the blocks, --stats does not apply", f"{leave}, or use erk"
+        )
+    if request.rounds > 1:
+        raise TersorError("--rounds changes the model after each round, and --stats is of one model", leave)
+    if request.calib is not None:
+        raise TersorError("--stats and --calib do not go together", "leave one of them out")
 
 
 def prune(request: Request, progress: Progress = lambda stage, done, total: None) -> Report:
     """Write a pruned checkpoint to `request.output`. Raises TersorError and leaves no output on failure."""
-    checkpoint, steps, target = plan(request)
+    checkpoint, steps = plan(request)
     check_output(request.output, checkpoint.path, request.force, request.resume)
     from tersor.ops.model.device import pick_device
     from tersor.ops.prune.job import Job
 
     device = pick_device(request.device)
-    key = {"version": __version__, "input": checkpoint.fingerprint(), "device": str(device), **request.arguments()}
-    report = Report.start(
-        "prune", request.arguments(), request.seed, str(device), checkpoint, Report.history_of(checkpoint.path)
-    )
+    key, report = begin("prune", checkpoint, settings(request), str(device))
     job = Job(checkpoint, request, device, progress)
-    run = importlib.import_module(target.__name__.removesuffix(".plan") + ".run")
+    if request.stats is not None:
+        key["stats"] = Statistics(request.stats).digest()
+    run = importlib.import_module(f"tersor.ops.prune.{TARGETS[request.remove][0]}.run")
     steps = run.decide(job, steps)
     with writing(CheckpointWriter(request.output, steps.layout, key, request.resume)) as writer:
         report.quality |= run.execute(job, steps, writer)
@@ -75,12 +97,8 @@ def prune(request: Request, progress: Progress = lambda stage, done, total: None
         report.tensors = tensor_entries(checkpoint, steps, writer.journal.done)
         if checkpoint.config is not None:
             writer.add_json("config.json", {**checkpoint.config, **steps.config})
-        writer.copy_side_files(checkpoint)
         progress("verify", 0, 1)
-        _prove(partial_path(request.output), steps)
-        report.finish(Checkpoint(partial_path(request.output)), name=str(request.output))
-        report.write(writer.partial)
-        writer.commit()
+        publish(writer, checkpoint, report)
     return report
 
 
@@ -107,12 +125,3 @@ def tensor_entries(checkpoint: Checkpoint, steps: Plan, done: dict[str, object])
             )
         )  # fmt: skip
     return entries
-
-
-def _prove(folder, steps: Plan) -> None:
-    """Re-open what was written: it must hold exactly the planned tensors."""
-    from tersor.ops.model.soundness import check_folder
-
-    problems = check_folder(folder, expected=steps.layout, sample=True)
-    if problems:
-        raise TersorError(f"{folder}: the output is not sound: {problems[0]}", "please report this as a bug")

@@ -19,9 +19,9 @@ import torch
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.scheme import Scheme
+from tersor.ops.model.grid import round_to_nearest
 from tersor.ops.model.skeleton import EXPERTS, weight_matrix
 from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics
-from tersor.ops.quantize.grid import round_to_nearest
 from torch import nn
 
 # The paper's is twice as fine. Here every candidate is rounded on clipped ranges, which costs as much and gains more.

@@ -22,7 +22,7 @@ from tersor.ops.quantize.awq import AWQ
 from tersor.ops.quantize.data_free import quantize_tensor
 from tersor.ops.quantize.errors import ErrorSums
 from tersor.ops.quantize.gptq import GPTQ
-from tersor.ops.quantize.plan import Plan
+from tersor.ops.quantize.plan import Plan, Step
 from tersor.ops.quantize.rtn import RTN
 from torch import nn
 
@@ -40,22 +40,15 @@ def quantize_blocks(
     windows, skeleton = prepared
     pool = SpillPool(parking_space(request.max_memory_bytes, skeleton), Path(writer.partial))
     run = BlockPass(skeleton, windows, pool)
-    if request.method == "gptq":
-        method = GPTQ(request.damping, request.activation_order, request.clip, request.keep_zeros)
-    else:
-        method = AWQ(request.clip)
+    method = AWQ(request.clip) if request.method == "awq" else gptq_of(request)
     job = _Quantizer(checkpoint, plan, writer, run, method, RTN(request.clip), device)
     job.rewrite_all(progress)
     pool.close()
-    warnings = []
-    if job.starved:
-        warnings.append(
-            f"{len(job.starved)} layers saw fewer than {FEWEST_TOKENS} calibration tokens and were rounded to nearest, "
-            f"for example {job.starved[0]}"
-        )
-    if pool.peak_spilled_bytes:
-        warnings.append(f"{pool.peak_spilled_bytes} bytes of activations went to disk to respect --max-memory")
-    return warnings
+    return starved_warning(job.starved) + pool.warnings()
+
+
+def gptq_of(request) -> GPTQ:
+    return GPTQ(request.damping, request.activation_order, request.clip, request.keep_zeros)
 
 
 class _Quantizer(BlockRewriter):
@@ -102,27 +95,14 @@ class _Quantizer(BlockRewriter):
 
     def rewrite(self, name: str, layer: nn.Module, statistics: InputStatistics | None) -> dict:
         """Quantize one layer, put the decoded result into the module, write the codes. Returns its report numbers."""
-        began = time.perf_counter()
         step = self.plan.steps[name]
         weight = weight_matrix(layer).float()
-        starved = statistics is None or statistics.tokens < FEWEST_TOKENS
-        method = self.rtn if starved else self.method
-        quantized = method.quantize(weight, None if starved else statistics, step.scheme, _dtype(step.scale_dtype))
-        decoded = encodings.dequantize(quantized, step.scheme)
-        sums = ErrorSums()
-        sums.add(weight, quantized, step.scheme)
-        numbers = sums.numbers()
-        if starved:
+        encoded, decoded, numbers = quantize_layer(weight, statistics, step, self.method, self.rtn, self.encoding)
+        if is_starved(statistics):
             self.starved.append(step.linear.name)
-            numbers["reason"] = f"{step.reason}; too few calibration tokens, rounded to nearest"
-        elif "hessian" in self.method.needs:
-            numbers["error"]["output_relative_mse"] = output_error(weight, decoded, statistics.hessian)
-            numbers["calibration_tokens"] = statistics.tokens
         set_weight(layer, decoded.to(layer.weight.dtype))
-        cpu = QuantizedWeight(*(part if part is None else part.cpu() for part in quantized))
-        for stored, tensor in self.encoding.encode(step.linear.module, cpu, step.scheme).items():
+        for stored, tensor in encoded.items():
             self.writer.write(stored, tensor)
-        numbers["seconds"] = round(time.perf_counter() - began, 4)
         return numbers
 
     def stored(self, name: str) -> torch.Tensor:
@@ -134,6 +114,45 @@ class _Quantizer(BlockRewriter):
         step = self.plan.steps[name]
         found = quantize_tensor(self.checkpoint, self.plan, step, self.writer, self.rtn, self.device)
         return {name: {**found, "reason": f"{step.reason}; outside the blocks, rounded to nearest"}}
+
+
+def quantize_layer(
+    weight: torch.Tensor, statistics: InputStatistics | None, step: Step, method, rtn: RTN, encoding
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict]:
+    """What is stored for `weight` float32 `[out, in]`, what that decodes to, and the report's numbers.
+
+    A layer that saw too few tokens is rounded to nearest, which its numbers give as the reason.
+    """
+    began = time.perf_counter()
+    starved = is_starved(statistics)
+    chosen = rtn if starved else method
+    quantized = chosen.quantize(weight, None if starved else statistics, step.scheme, _dtype(step.scale_dtype))
+    decoded = encodings.dequantize(quantized, step.scheme)
+    sums = ErrorSums()
+    sums.add(weight, quantized, step.scheme)
+    numbers = sums.numbers()
+    if starved:
+        numbers["reason"] = f"{step.reason}; too few calibration tokens, rounded to nearest"
+    elif "hessian" in method.needs:
+        numbers["error"]["output_relative_mse"] = output_error(weight, decoded, statistics.hessian)
+        numbers["calibration_tokens"] = statistics.tokens
+    cpu = QuantizedWeight(*(part if part is None else part.cpu() for part in quantized))
+    encoded = encoding.encode(step.linear.module, cpu, step.scheme)
+    numbers["seconds"] = round(time.perf_counter() - began, 4)
+    return encoded, decoded, numbers
+
+
+def is_starved(statistics: InputStatistics | None) -> bool:
+    return statistics is None or statistics.tokens < FEWEST_TOKENS
+
+
+def starved_warning(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{len(names)} layers saw fewer than {FEWEST_TOKENS} calibration tokens and were rounded to nearest, "
+        f"for example {names[0]}"
+    ]
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -15,7 +15,7 @@ from tersor.formats import encodings
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.quantize.errors import ErrorSums
 from tersor.ops.quantize.plan import Plan, Step
 from tersor.ops.quantize.rtn import RTN
@@ -75,8 +75,7 @@ def quantize_tensor(
     for start, weight in _panels(checkpoint, step):
         weight = weight.to(device, torch.float32)  # once, for the search, the codes and the errors
         part = method.quantize(weight, None, scheme, scale_dtype)
-        if not bool(torch.isfinite(part.scale.float()).all()):
-            raise not_finite(linear.name, checkpoint)
+        check_finite(part.scale.float(), linear.name, checkpoint)
         sums.add(weight, part, scheme)
         if codes is None:
             codes = torch.empty(linear.shape, dtype=part.codes.dtype)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.scheme import Scheme
 from tersor.kernels.quantization_error import quantization_error
+from tersor.ops.model.statistics import in_decibels
 
 
 class ErrorSums:
@@ -32,8 +31,4 @@ class ErrorSums:
 
     def numbers(self) -> dict:
         relative = self.error / self.squares if self.squares else 0.0
-        decibel = -10 * math.log10(relative) if relative > 0 else None
-        return {
-            "error": {"relative_mse": relative, "sqnr_db": decibel},
-            "sparsity": self.zeros / max(self.count, 1),
-        }
+        return {"error": in_decibels(relative), "sparsity": self.zeros / max(self.count, 1)}

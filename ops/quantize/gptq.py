@@ -12,9 +12,9 @@ import torch
 from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.scheme import Scheme
 from tersor.kernels.error_compensation import compensate
+from tersor.ops.model.grid import find_grid, round_to_nearest
 from tersor.ops.model.inverse_hessian import DAMPING, inverse_factor
 from tersor.ops.model.statistics import InputStatistics
-from tersor.ops.quantize.grid import find_grid, round_to_nearest
 from tersor.ops.quantize.refit_scale import refit_scale
 
 

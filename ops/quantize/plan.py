@@ -11,12 +11,13 @@ from tersor.formats.errors import TersorError
 from tersor.formats.header import tensor_bytes
 from tersor.formats.scheme import Scheme
 from tersor.formats.writer import Layout
-from tersor.ops.model.selection import Linear, Selection, policy_for, select
-from tersor.ops.quantize.schemes import SCHEMES, fit_group, scheme_from_name
+from tersor.ops.model.schemes import SCHEMES, fit_group, scheme_from_name
+from tersor.ops.model.selection import Linear, check_policy, policy_for, select
 
 SCALE_DTYPES = {"compressed-tensors": {"F16": "F16", "BF16": "BF16", "F32": "F32", "F64": "F32"}}
 VLLM_GROUPS = (32, 64, 128)
 POLICY_TYPES = {"scheme": str, "group_size": int, "symmetric": bool, "keep": bool}
+OF_PRUNE = "sparsity"  # one policy can serve both commands
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -98,12 +99,12 @@ def build_plan(
         )
     plan = Plan(choose_format(checkpoint, format), dense_modules=[*selection.dense_modules, *selection.tables])
     encoding = encodings.encoding(plan.format)
-    plan.kept = {name: selection.reasons.get(name, "fewer than two dimensions") for name in checkpoint.tensors}
-    _check_policy(plan, policy or [], checkpoint, selection)
+    plan.kept = {name: selection.why_kept(name) for name in checkpoint.tensors}
+    plan.warnings += check_policy(policy or [], checkpoint, selection)
     # A model's experts run as one fused kernel, and loaders read all of them by one scheme.
     expert_widths = frozenset(linear.shape[1] for linear in selection.linears.values() if EXPERT.search(linear.name))
     for linear in selection.linears.values():
-        settings = policy_for(policy or [], linear.name)
+        settings = {key: value for key, value in policy_for(policy or [], linear.name).items() if key != OF_PRUNE}
         wanted = _scheme_of(scheme, settings, linear.name)
         if settings.get("keep"):
             _keep(plan, linear, "kept dense by the policy")
@@ -145,20 +146,6 @@ def build_plan(
 def _keep(plan: Plan, linear: Linear, reason: str) -> None:
     plan.kept[linear.name] = reason
     plan.dense_modules.append(linear.module)
-
-
-def _check_policy(plan: Plan, policy: list, checkpoint: Checkpoint, selection: Selection) -> None:
-    for pattern, settings in policy:
-        names = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
-        if not names:
-            raise TersorError(
-                f"policy: {pattern.pattern!r} matches no whole tensor name of {checkpoint.path}",
-                f"names look like {next(iter(checkpoint.tensors), '(none)')!r}",
-            )
-        if not settings.get("keep") and not any(name in selection.linears for name in names):
-            plan.warnings.append(
-                f"policy {pattern.pattern!r} changes nothing: {names[0]} is kept ({plan.kept[names[0]]})"
-            )
 
 
 def _scheme_of(default: Scheme, settings: dict, name: str) -> Scheme:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.scheme import Scheme
+from tersor.ops.model.grid import round_to_nearest
 from tersor.ops.model.statistics import InputStatistics
-from tersor.ops.quantize.grid import round_to_nearest
 
 
 class RTN:

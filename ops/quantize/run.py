@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tersor import __version__
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.locate import locate
+from tersor.formats.output import check_output
 from tersor.formats.report import Report, TensorEntry
-from tersor.formats.writer import CheckpointWriter, check_output, partial_path, writing
+from tersor.formats.writer import CheckpointWriter, writing
+from tersor.ops.model.schemes import scheme_from_name
 from tersor.ops.model.selection import load_policy
+from tersor.ops.model.step import begin, publish, settings
 from tersor.ops.quantize.plan import Plan, Step, build_plan
-from tersor.ops.quantize.schemes import scheme_from_name
 
 METHODS = ("rtn", "gptq", "awq")
 Progress = Callable[[str, int, int], None]
@@ -36,6 +37,7 @@ class Request:
     exclude: list[str] = field(default_factory=list)
     policy: Path | None = None
     strict: bool = False
+    stats: Path | None = None  # statistics of `profile --collect`, in place of a calibration run
     calib: str | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -48,20 +50,18 @@ class Request:
     force: bool = False
     resume: bool = False
 
-    def arguments(self) -> dict:
-        """The settings that decide the output bytes; another value of one of them is another run."""
-        skip = {"output", "force", "resume", "max_memory_bytes", "model"}
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self).items()
-            if name not in skip
-        }
-
 
 def plan(request: Request) -> tuple[Checkpoint, Plan]:
     """Header-only part: what would happen. Raises TersorError for anything that would fail later and can be seen now."""
     if request.method not in METHODS:
         raise TersorError(f"unknown method {request.method!r}", f"one of {' '.join(METHODS)}")
+    if request.stats is not None and request.method != "gptq":
+        why = "uses no statistics" if request.method == "rtn" else "runs each block to find its scales"
+        raise TersorError(
+            f"--method {request.method} {why}, --stats does not apply", "use --method gptq, or leave --stats out"
+        )
+    if request.stats is not None and request.calib is not None:
+        raise TersorError("--stats and --calib do not go together", "leave one of them out")
     if request.format not in ("auto", "compressed-tensors", "gptq"):
         raise TersorError(f"unknown format {request.format!r}", "one of auto compressed-tensors gptq")
     scheme = scheme_from_name(request.scheme, request.group_size, request.symmetric)
@@ -75,7 +75,7 @@ def plan(request: Request) -> tuple[Checkpoint, Plan]:
         load_policy(request.policy),
         request.strict,
     )
-    if request.method != "rtn":
+    if request.method != "rtn" and request.stats is None:
         checkpoint.require_config(f"which --method {request.method} needs to run the model")
     return checkpoint, result
 
@@ -87,36 +87,40 @@ def quantize(request: Request, progress: Progress = lambda stage, done, total: N
     from tersor.ops.model.device import pick_device
 
     device = pick_device(request.device)
-    key = {"version": __version__, "input": checkpoint.fingerprint(), "device": str(device), **request.arguments()}
-    report = Report.start(
-        "quantize", request.arguments(), request.seed, str(device), checkpoint, Report.history_of(checkpoint.path)
-    )
+    key, report = begin("quantize", checkpoint, settings(request), str(device))
     report.warnings += steps.warnings
-    prepared = _prepare(request, checkpoint, device)
+    prepared = _prepare(request, checkpoint, steps, device)
+    if request.stats is not None:
+        key["stats"] = prepared.file.digest()
     with writing(CheckpointWriter(request.output, steps.layout, key, request.resume)) as writer:
         if request.method == "rtn":
             from tersor.ops.quantize.data_free import quantize_streaming
 
             quantize_streaming(checkpoint, steps, writer, request.clip, device, progress)
+        elif request.stats is not None:
+            from tersor.ops.quantize.from_statistics import quantize_collected
+
+            report.warnings += quantize_collected(checkpoint, steps, writer, request, prepared, device, progress)
         else:
             from tersor.ops.quantize.calibrated import quantize_blocks
 
             report.warnings += quantize_blocks(checkpoint, steps, writer, request, prepared, device, progress)
         report.tensors = tensor_entries(checkpoint, steps, writer.journal.done)
         _write_config(checkpoint, steps, writer)
-        writer.copy_side_files(checkpoint)
         progress("verify", 0, 1)
-        _prove(partial_path(request.output), steps)
-        report.finish(Checkpoint(partial_path(request.output)), name=str(request.output))
-        report.write(writer.partial)
-        writer.commit()
+        publish(writer, checkpoint, report)
     return report
 
 
-def _prepare(request: Request, checkpoint: Checkpoint, device):
-    """Calibration text and the model's skeleton, before anything is written: most bad input shows here."""
+def _prepare(request: Request, checkpoint: Checkpoint, steps: Plan, device):
+    """Statistics, or calibration text and the model's skeleton, before anything is written: most bad input shows here."""
     if request.method == "rtn":
         return None
+    if request.stats is not None:
+        from tersor.ops.model.collected import Collected
+
+        linears = [step.linear for step in steps.steps.values()]
+        return Collected(request.stats, checkpoint, linears, {"hessian"}, device)
     from tersor.formats.dense import DenseView
     from tersor.ops.model.calibration import load_windows
     from tersor.ops.model.skeleton import Skeleton
@@ -127,10 +131,10 @@ def _prepare(request: Request, checkpoint: Checkpoint, device):
 
 def _write_config(checkpoint: Checkpoint, steps: Plan, writer: CheckpointWriter) -> None:
     """Without a config.json the output gets one that holds the quantization alone: codes are nothing without it."""
-    settings = steps.quantization_config()
-    writer.add_json("config.json", {**(checkpoint.config or {}), "quantization_config": settings})
+    quantization = steps.quantization_config()
+    writer.add_json("config.json", {**(checkpoint.config or {}), "quantization_config": quantization})
     if steps.format == "gptq":
-        writer.add_json("quantize_config.json", settings)
+        writer.add_json("quantize_config.json", quantization)
 
 
 def tensor_entries(checkpoint: Checkpoint, steps: Plan, done: dict[str, object]) -> list[TensorEntry]:
@@ -164,12 +168,3 @@ def describe(step: Step) -> str:
     grain = {"group": f"g{scheme.group_size}", "channel": "channel", "tensor": "tensor", "block": "128x128"}
     kind = f"INT{scheme.bits}" if scheme.kind == "int" else "F8_E4M3"
     return f"{kind} {grain[scheme.strategy]} {'symmetric' if scheme.symmetric else 'asymmetric'}"
-
-
-def _prove(folder: Path, steps: Plan) -> None:
-    """Re-open what was written: it must hold exactly the planned tensors and decode."""
-    from tersor.ops.model.soundness import check_folder
-
-    problems = check_folder(folder, expected=steps.layout, sample=True)
-    if problems:
-        raise TersorError(f"{folder}: the output is not sound: {problems[0]}", "please report this as a bug")

@@ -18,7 +18,8 @@ from tersor.formats import writer as writer_module
 from tersor.formats.checkpoint import INDEX_NAME, Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.header import SAFETENSORS_DTYPES, TORCH_DTYPES
-from tersor.formats.writer import CheckpointWriter, check_output, partial_path, shard_names, writing
+from tersor.formats.output import partial_path
+from tersor.formats.writer import CheckpointWriter, shard_names, writing
 
 KEY = {"run": 1}
 TENSORS = {
@@ -388,34 +389,6 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "out.partial").write_text("in the way")
     with pytest.raises(TersorError, match="cannot be written"):
         CheckpointWriter(tmp_path / "out", layout_of(TENSORS), KEY)
-
-
-# What may be replaced
-
-
-def test_check_output(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    check_output(out, source, force=False, resume=False)
-    out.mkdir()
-    check_output(out, source, force=False, resume=False)
-    (out / "x").write_text("mine")
-    with pytest.raises(TersorError, match="not empty"):
-        check_output(out, source, force=False, resume=True)
-    with pytest.raises(TersorError, match="holds no checkpoint"):
-        check_output(out, source, force=True, resume=False)
-    (out / "config.json").write_text("{}")
-    check_output(out, source, force=True, resume=False)
-    (tmp_path / "link").symlink_to(source)
-    for path in (source, tmp_path / "link", tmp_path / "out" / ".." / "source"):
-        with pytest.raises(TersorError, match="is the input"):
-            check_output(path, source, force=True, resume=False)
-    with pytest.raises(TersorError, match="not a folder"):
-        check_output(out / "x", source, force=True, resume=False)
-    partial_path(tmp_path / "new").mkdir()
-    with pytest.raises(TersorError, match="did not finish"):
-        check_output(tmp_path / "new", source, force=False, resume=False)
-    check_output(tmp_path / "new", source, force=False, resume=True)
 
 
 def test_commit_replaces_an_old_output_whole(tmp_path):

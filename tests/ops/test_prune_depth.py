@@ -337,9 +337,9 @@ def test_patterns_choose_the_candidates(family, text, tmp_path):
 
 def test_plan_without_text(family, tmp_path):
     folder = folder_of(family, "llama")
-    _, steps, _ = plan(request(folder, tmp_path / "out"))
+    _, steps = plan(request(folder, tmp_path / "out"))
     assert "cosine chooses" in steps.warnings[0]
-    _, exact, _ = plan(request(folder, tmp_path / "out", method="even"))
+    _, exact = plan(request(folder, tmp_path / "out", method="even"))
     assert exact.nbytes == steps.nbytes < Checkpoint(folder).nbytes and exact.warnings == []
 
 
@@ -382,7 +382,7 @@ def test_not_finite(tensor, family, text, tmp_path):
 
 def test_all_families_are_numbered(family, tmp_path):
     for name in FAMILIES:
-        _, steps, _ = plan(request(folder_of(family, name), tmp_path / "out", method="even", sparsity=0.2))
+        _, steps = plan(request(folder_of(family, name), tmp_path / "out", method="even", sparsity=0.2))
         blocks = {
             action.outputs and int(next(part for part in output.split(".") if part.isdigit()))
             for action in steps.actions.values()

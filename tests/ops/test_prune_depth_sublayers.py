@@ -130,7 +130,7 @@ def test_knapsack_counts_parameters(remove, tmp_path, text):
     from tiny_models import build
 
     folder = build("qwen3-moe", tmp_path / "moe", "float32", num_hidden_layers=5, mlp_only_layers=[1, 2])
-    _, steps, _ = plan(request(folder, tmp_path / "out", remove, method="knapsack"))
+    _, steps = plan(request(folder, tmp_path / "out", remove, method="knapsack"))
     sizes = {index: candidate.size for index, candidate in steps.details.candidates.items()}
     report = prune(request(folder, tmp_path / "out", remove, text, method="knapsack"))
     gone = report.quality["removed_from_blocks"]

@@ -260,6 +260,6 @@ def test_bad_input(name, settings, message, family, tmp_path):
 
 
 def test_dry_run_counts_the_bytes(gained, tmp_path):
-    _, steps, _ = plan(request(gained("llama"), tmp_path / "out"))
+    _, steps = plan(request(gained("llama"), tmp_path / "out"))
     report = prune(request(gained("llama"), tmp_path / "out"))
     assert steps.nbytes == report.totals()["bytes_after"]

@@ -172,7 +172,7 @@ def test_kept_tokens_have_the_same_logits(kind, model, sample, tmp_path):
 def test_every_text_can_still_be_written(kind, model, sample, tmp_path):
     """Also with tokens of the text gone, and for text that was not counted."""
     source, out = model(kind), tmp_path / "out"
-    _, steps, _ = plan(request(source, out, sample))
+    _, steps = plan(request(source, out, sample))
     must = len(set().union(*(steps.details.vocabulary.closure(n) for n in steps.details.essential)))
     report = prune(request(source, out, sample, sparsity=1 - (must + 20) / ROWS))
     assert report.quality["vocab"]["tokens_of_the_text_removed"] > 0
@@ -262,7 +262,7 @@ def test_same_bytes_twice_and_the_plan_knows_them(model, sample, tmp_path):
         prune(request(model("unigram"), tmp_path / out, sample))
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    _, steps, _ = plan(request(model("unigram"), tmp_path / "c", sample))
+    _, steps = plan(request(model("unigram"), tmp_path / "c", sample))
     assert steps.nbytes == Checkpoint(tmp_path / "a").nbytes
 
 

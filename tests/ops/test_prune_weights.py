@@ -19,7 +19,7 @@ from tersor.ops.prune.request import Request
 from tersor.ops.prune.rounds import prune, schedule
 from tersor.ops.prune.weights.magnitude import Magnitude
 from tersor.ops.prune.weights.random import Random
-from tersor.ops.prune.weights.refine import refine
+from tersor.ops.prune.weights.repair import Repaired, refit
 from tersor.ops.prune.weights.ria import RIA
 from tersor.ops.prune.weights.sparsegpt import SparseGPT
 from tersor.ops.prune.weights.wanda import Wanda
@@ -121,18 +121,18 @@ def test_sparsegpt_by_definition(pattern, columns):
     weight, inputs = problem(columns=columns, tokens=4 * columns)
     pattern = parse_pattern(pattern)
     expected, keep = sparsegpt_by_definition(weight, inputs, pattern, 0.5)
-    found = SparseGPT(refined=False).prune(weight, statistics_of(inputs), pattern, 0.5, "w")
+    found = SparseGPT().prune(weight, statistics_of(inputs), pattern, 0.5, "w")
     assert torch.equal(found != 0, keep)
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
-    refined = SparseGPT().prune(weight, statistics_of(inputs), pattern, 0.5, "w")
-    assert torch.equal(refined != 0, keep)
+    repaired = Repaired(SparseGPT(), 0.01).prune(weight, statistics_of(inputs), pattern, 0.5, "w")
+    assert torch.equal(repaired != 0, keep)
 
 
-def test_refined_weights_come_near_least_squares():
+def test_repaired_weights_come_near_least_squares():
     """Row by row the exact solution on the kept columns; no row is worse than before."""
     weight, inputs = problem()
     statistics = statistics_of(inputs)
-    before = SparseGPT(refined=False).prune(weight, statistics, Pattern(), 0.5, "w")
+    before = SparseGPT().prune(weight, statistics, Pattern(), 0.5, "w")
     damped = statistics.hessian.double()
     damped = damped + 0.01 * damped.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     best = torch.zeros_like(weight, dtype=torch.float64)
@@ -143,13 +143,13 @@ def test_refined_weights_come_near_least_squares():
         difference = weight.double() - found.double()
         return (difference @ damped * difference).sum(1)
 
-    after = refine(weight, before, statistics.hessian, 0.01)
+    after = refit(weight, before, statistics.hessian, 0.01)
     assert (loss(after) <= loss(before) * (1 + 1e-6)).all()
     assert (loss(after) - loss(best)).sum() < 0.05 * (loss(before) - loss(best)).sum()
     torch.testing.assert_close(
-        refine(weight, before, statistics.hessian, 0.01, 200).double(), best, rtol=1e-2, atol=1e-2
+        refit(weight, before, statistics.hessian, 0.01, 200).double(), best, rtol=1e-2, atol=1e-2
     )
-    assert torch.equal(refine(weight, before, torch.zeros(64, 64), 0.01), before)
+    assert torch.equal(refit(weight, before, torch.zeros(64, 64), 0.01), before)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "vector:8x1", "block:4x4"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tersor.formats.errors import TersorError
-from tersor.formats.writer import CheckpointWriter, partial_path
+from tersor.formats.output import partial_path
+from tersor.formats.writer import CheckpointWriter
 from tersor.ops.prune.request import Request
 from tersor.ops.prune.run import plan, prune
 

@@ -19,14 +19,14 @@ from tersor.ops.convert.run import convert
 from tersor.ops.model import blocks
 from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.calibration import load_windows
+from tersor.ops.model.grid import round_to_nearest
+from tersor.ops.model.schemes import scheme_from_name
 from tersor.ops.model.skeleton import Skeleton
 from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.quantize import awq
 from tersor.ops.quantize.awq import AWQ, search_scale, storable_scale
-from tersor.ops.quantize.grid import round_to_nearest
 from tersor.ops.quantize.plan import build_plan
 from tersor.ops.quantize.run import Request, quantize
-from tersor.ops.quantize.schemes import scheme_from_name
 
 IDS = torch.randint(5, 250, (6, 24), generator=torch.Generator().manual_seed(3))
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ from tersor.formats.dense import DenseView
 from tersor.formats.encodings import dequantize
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme
+from tersor.ops.model.grid import find_grid, round_to_nearest
 from tersor.ops.model.inverse_hessian import inverse_factor
+from tersor.ops.model.schemes import SCHEMES, scheme_from_name
 from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics
 from tersor.ops.quantize.gptq import GPTQ
-from tersor.ops.quantize.grid import find_grid, round_to_nearest
 from tersor.ops.quantize.run import Request, quantize
-from tersor.ops.quantize.schemes import SCHEMES, scheme_from_name
 
 
 def problem(out: int = 24, columns: int = 64, tokens: int = 512, seed: int = 0, spread: float = 1.0):

@@ -11,10 +11,10 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme
+from tersor.ops.model.schemes import SCHEMES, scheme_from_name
 from tersor.ops.model.selection import compile_patterns
 from tersor.ops.quantize.plan import build_plan
 from tersor.ops.quantize.run import Request, plan, quantize
-from tersor.ops.quantize.schemes import SCHEMES, scheme_from_name
 from typer.testing import CliRunner
 
 W4 = scheme_from_name("w4a16", 32)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tersor.formats.encodings import QuantizedWeight, dequantize
 from tersor.formats.scheme import Scheme
-from tersor.ops.quantize.grid import round_to_nearest
+from tersor.ops.model.grid import round_to_nearest
 from tersor.ops.quantize.refit_scale import DAMPING, refit_scale
 
 

@@ -15,11 +15,11 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.encodings import dequantize
 from tersor.formats.scheme import Scheme
+from tersor.ops.model.schemes import SCHEMES, fit_group, scheme_from_name
 from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.quantize import data_free
 from tersor.ops.quantize.rtn import RTN
 from tersor.ops.quantize.run import Request, quantize
-from tersor.ops.quantize.schemes import SCHEMES, fit_group, scheme_from_name
 from typer.testing import CliRunner
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

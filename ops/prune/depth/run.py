@@ -11,7 +11,7 @@ from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.blocks import BlockPass, HiddenStates
 from tersor.ops.model.branches import observed, silenced
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.memory import parking_space
 from tersor.ops.model.spill import SpillPool
 from tersor.ops.prune.depth.importance import MeanCosine, OutputLoss
@@ -139,9 +139,11 @@ def _check_finite(job: Job, index: int, block: torch.nn.Module) -> None:
     skeleton = job.skeleton
     layers = {id(layer.weight): name for name, layer in skeleton.linears(index).items()}
     for name, parameter in block.named_parameters():
-        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-            stored = layers.get(id(parameter)) or skeleton.by_parameter[f"{skeleton.block_name(index)}.{name}"][0]
-            raise not_finite(stored, job.checkpoint)
+        if not parameter.is_meta:
+            whole = f"{skeleton.block_name(index)}.{name}"  # which a dropped sublayer has in no file: it is zero
+            check_finite(
+                parameter, layers.get(id(parameter)) or skeleton.by_parameter.get(whole, [whole])[0], job.checkpoint
+            )
 
 
 def _outputs(run: BlockPass, states: HiddenStates) -> Iterator[torch.Tensor]:

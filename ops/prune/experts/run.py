@@ -8,9 +8,8 @@ from contextlib import contextmanager
 import torch
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
-from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.prune.experts.choose import at_random, average_shares, by_score, merge_groups
 from tersor.ops.prune.experts.plan import Details, Layer, assemble, renumbered
 from tersor.ops.prune.experts.routing import RoutingStatistics
@@ -138,8 +137,5 @@ def _average(parts: dict[int, torch.Tensor], layer: Layer, expert: int) -> torch
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     tensor = checkpoint.read(name)
-    if getattr(torch, TORCH_DTYPES[checkpoint.tensors[name].dtype]).is_floating_point and not bool(
-        torch.isfinite(tensor).all()
-    ):
-        raise not_finite(name, checkpoint)
+    check_finite(tensor, name, checkpoint)
     return tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 
@@ -16,10 +14,3 @@ def folded_bias(weight: torch.Tensor, bias: torch.Tensor, addend: torch.Tensor, 
     """`bias` `[out]` of a layer whose inputs lose `addend` `[in]`, in float32. `weight` is the one before folding."""
     matrix = weight.float().T if transposed else weight.float()
     return bias.float() + matrix @ addend.float()
-
-
-def rounding_error(exact: torch.Tensor, stored: torch.Tensor) -> dict:
-    """What the stored dtype costs, in the words of quantize's report."""
-    squares = float(exact.double().square().sum())
-    relative = float((exact.double() - stored.double()).square().sum()) / squares if squares else 0.0
-    return {"relative_mse": relative, "sqnr_db": -10 * math.log10(relative) if relative > 0 else None}

@@ -9,10 +9,11 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
+from tersor.ops.model.statistics import weight_error
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.norms.find import NormFinder
-from tersor.ops.prune.norms.fold import folded_bias, folded_weight, rounding_error
+from tersor.ops.prune.norms.fold import folded_bias, folded_weight
 from tersor.ops.prune.norms.plan import Details, Fold, Reader, assemble, chosen
 from tersor.ops.prune.plan import Plan
 
@@ -55,7 +56,7 @@ def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
                 f"{name}: is too large for its dtype once {fold.gain} is folded in", "use --exclude for it"
             )
         writer.write(name, stored)
-        numbers = {"error": rounding_error(exact, stored), "seconds": round(time.perf_counter() - began, 4)}
+        numbers = {"error": weight_error(exact, stored), "seconds": round(time.perf_counter() - began, 4)}
         writer.finish(name, {name: numbers})
     job.progress("write", len(plan.actions), len(plan.actions))
     return {"norms": {"folded": len(details.folds), "kept": details.kept}}
@@ -63,8 +64,7 @@ def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     tensor = checkpoint.read(name).float()
-    if not bool(torch.isfinite(tensor).all()):
-        raise not_finite(name, checkpoint)
+    check_finite(tensor, name, checkpoint)
     return tensor
 
 

@@ -9,11 +9,10 @@ from math import floor, prod
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.low_rank import COUNT_KEY, Factors
-from tersor.ops.model.selection import Linear, Selection, load_policy, policy_for, select
-from tersor.ops.prune.plan import Action, Plan, keep
+from tersor.ops.model.selection import Linear, Selection, check_policy, load_policy, policy_for, select
+from tersor.ops.prune.plan import Action, Plan, keep, share_of
 from tersor.ops.prune.request import Request
 
-POLICY_TYPES = {"sparsity": (int, float), "keep": bool}
 HOW_TO_LOAD = (
     "from_pretrained does not know factors: load the output with tersor.ops.model.low_rank.load_low_rank, "
     "or fold them back with tersor convert --to dense"
@@ -29,8 +28,7 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
     for name, info in checkpoint.tensors.items():
         linear = selection.linears.get(name)
         if linear is None:
-            reason = selection.reasons.get(name, "fewer than two dimensions")
-            result.actions[name] = keep(checkpoint, name, reason)
+            result.actions[name] = keep(checkpoint, name, selection.why_kept(name))
             continue
         factors, reason = _factorise(checkpoint, linear, request, policy_for(policy, name))
         if factors is None:
@@ -41,7 +39,7 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
             result.actions[name] = Action("factorise", f"{reason}, folded back", {name: (info.dtype, info.shape)})
         else:
             result.actions[name] = Action("factorise", reason, dict(factors.layout), info.shape)
-    _check_policy(checkpoint, selection, policy, result)
+    result.warnings += check_policy(policy, checkpoint, selection)
     if not result.details and request.sparsity > 0:
         raise _nothing_left(checkpoint, selection, result)
     if request.sparsity == 0 and not result.details:
@@ -104,7 +102,7 @@ def _factorise(checkpoint: Checkpoint, linear: Linear, request: Request, setting
         return None, "kept dense by the policy"
     if linear.name.endswith("lm_head.weight") and (checkpoint.config or {}).get("tie_word_embeddings"):
         return None, "tied to the embeddings, which are no linear layer"
-    share = _share(settings, linear.name, request.sparsity)
+    share = share_of(settings, linear.name, request.sparsity)
     if share == 0:  # any more, and the factors are below the break-even by construction
         return None, "sparsity 0: past the break-even, factors are no smaller than the weight"
     (out, inputs), grid = linear.shape, None
@@ -123,32 +121,6 @@ def _factorise(checkpoint: Checkpoint, linear: Linear, request: Request, setting
     factors = Factors(linear.module, kind, count, linear.shape, linear.dtype, linear.transposed, grid)
     what = f"rank {count} of {min(linear.shape)}" if grid is None else f"{count} products with {grid[0]}x{grid[1]}"
     return factors, f"{what}, {1 - count * cost / (out * inputs):.1%} fewer parameters"
-
-
-def _share(settings: dict, name: str, default: float) -> float:
-    unknown = settings.keys() - POLICY_TYPES.keys()
-    if unknown:
-        raise TersorError(f"policy for {name}: unknown keys {sorted(unknown)}", f"known: {' '.join(POLICY_TYPES)}")
-    for key, value in settings.items():
-        if not isinstance(value, POLICY_TYPES[key]) or (key == "sparsity" and isinstance(value, bool)):
-            raise TersorError(f"policy for {name}: {key} is {value!r}", "sparsity is a number, keep is true or false")
-    share = settings.get("sparsity", default)
-    if not 0 <= share < 1:
-        raise TersorError(f"policy for {name}: sparsity {share} is not in [0, 1)", "0.5 removes half")
-    return share
-
-
-def _check_policy(checkpoint: Checkpoint, selection: Selection, policy: list, result: Plan) -> None:
-    for pattern, settings in policy:
-        names = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
-        if not names:
-            raise TersorError(
-                f"policy: {pattern.pattern!r} matches no whole tensor name of {checkpoint.path}",
-                f"names look like {next(iter(checkpoint.tensors), '(none)')!r}",
-            )
-        if not settings.get("keep") and not any(name in selection.linears for name in names):
-            reason = result.actions[names[0]].reason
-            result.warnings.append(f"policy {pattern.pattern!r} changes nothing: {names[0]} is kept ({reason})")
 
 
 def _nothing_left(checkpoint: Checkpoint, selection: Selection, result: Plan) -> TersorError:

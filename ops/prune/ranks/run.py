@@ -14,10 +14,10 @@ from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.low_rank import COUNT_KEY, FILE_NAME, Factors
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.blocks import BlockPass
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import weight_matrix
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
+from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error, weight_error
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.ranks.kronecker import kronecker
@@ -44,8 +44,7 @@ def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
         run = job.block_pass(Path(writer.partial))
         _Whitener(weights, run).rewrite_all(job.progress)
         run.pool.close()
-        if run.pool.peak_spilled_bytes:
-            plan.warnings.append(f"{run.pool.peak_spilled_bytes} bytes of activations went to disk for --max-memory")
+        plan.warnings += run.pool.warnings()
     else:
         for count, name in enumerate(checkpoint.tensors):
             job.progress("tensors", count, len(checkpoint.tensors))
@@ -88,7 +87,7 @@ class _Weights:
         for tensor_name, tensor in tensors.items():
             self.writer.write(tensor_name, tensor)
         decoded = decoded.to(weight.device)
-        numbers = {"error": _weight_error(weight, decoded)}
+        numbers = {"error": weight_error(weight, decoded)}
         numbers["error"] |= {"kept_energy": product.energy, COUNT_KEY[factors.kind]: factors.count}
         if statistics is not None:
             numbers["error"]["output_relative_mse"] = output_error(weight, decoded, statistics.hessian)
@@ -115,8 +114,7 @@ class _Weights:
     def outside(self, name: str, device: torch.device) -> dict:
         """Factorise a weight straight from the file. Raises TersorError when it holds NaN or Inf."""
         weight = self.checkpoint.read(name).to(device).float()
-        if not bool(torch.isfinite(weight).all()):
-            raise not_finite(name, self.checkpoint)
+        check_finite(weight, name, self.checkpoint)
         factors = self.plan.details[name]
         return self.factorise(name, weight.T.contiguous() if factors.transposed else weight, None)[1]
 
@@ -148,13 +146,6 @@ class _Whitener(BlockRewriter):
         numbers = self.weights.outside(name, self.skeleton.device)
         reason = f"{self.weights.plan.actions[name].reason}; outside the blocks, plain SVD"
         return {name: numbers | {"reason": reason, "plain": True}}
-
-
-def _weight_error(weight: torch.Tensor, decoded: torch.Tensor) -> dict:
-    """||W' - W||^2 / ||W||^2, the rounding to the stored dtype included."""
-    error, norm = torch.linalg.vector_norm(decoded - weight), torch.linalg.vector_norm(weight)
-    relative = float(error / norm) ** 2 if error else 0.0
-    return {"relative_mse": relative, "sqnr_db": -10 * math.log10(relative) if relative > 0 else None}
 
 
 def _numbers(writer: CheckpointWriter) -> dict[str, dict]:

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
-from tersor.formats.header import FLOAT_DTYPES
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.calibration import encode, load_tokenizer
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.text import load_text
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
@@ -164,20 +163,15 @@ def cut(checkpoint: Checkpoint, name: str, kept: list[int], axis: int, writer: C
     chosen = torch.tensor(kept)
     if axis:
         tensor = checkpoint.read(name)
-        _check(checkpoint, name, tensor)
+        check_finite(tensor, name, checkpoint)
         writer.write(name, tensor.index_select(axis, chosen))
         return
     rows, offset = checkpoint.tensors[name].shape[0], 0
     for start in range(0, rows, PANEL_ROWS):
         stop = min(start + PANEL_ROWS, rows)
         panel = checkpoint.read(name, (start, stop))
-        _check(checkpoint, name, panel)
+        check_finite(panel, name, checkpoint)
         part = panel[chosen[(chosen >= start) & (chosen < stop)] - start].contiguous()
         data = memoryview(part.reshape(-1).view(torch.uint8).numpy())
         writer.write_bytes(name, offset, data)
         offset += len(data)
-
-
-def _check(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
-    if checkpoint.tensors[name].dtype in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
-        raise not_finite(name, checkpoint)

@@ -1,7 +1,7 @@
 """How many weights each layer loses, so that all of them together lose what was asked.
 
 `rd` measures what each layer's loss does to the output of its block, for some amounts, and lets the dynamic programme
-choose (B1 of Xu et al., "Efficient Joint Optimization of Layer-Adaptive Weight Pruning", with the block's output in place
+choose (Xu et al., "Efficient Joint Optimization of Layer-Adaptive Weight Pruning", with the block's output in place
 of the network's). A block's error counts relative to the size of its output, token by token: a few tokens of huge norm
 would drown all others.
 """

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.ops.model.patterns import Pattern, parse_pattern
-from tersor.ops.model.selection import Linear, load_policy, policy_for, select
-from tersor.ops.prune.plan import Action, Plan, keep
+from tersor.ops.model.selection import Linear, check_policy, load_policy, policy_for, select
+from tersor.ops.prune.plan import Action, Plan, keep, share_of
 from tersor.ops.prune.request import Request
 
+if TYPE_CHECKING:
+    from tersor.ops.model.collected import Collected
+
 DATA_FREE = ("magnitude", "random")
-POLICY_KEYS = {"sparsity", "keep"}
 
 
 @dataclass
@@ -24,10 +27,11 @@ class Masks:
     sparsity: dict[str, float] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)  # those whose sparsity the policy says
     allocation: dict = field(default_factory=dict)  # what the report says of it
+    collected: Collected | None = None  # statistics from a file, with --stats
 
 
 def needs_text(request: Request) -> bool:
-    return request.method not in DATA_FREE or request.allocate in ("owl", "rd")
+    return request.stats is None and (request.method not in DATA_FREE or request.allocate in ("owl", "rd"))
 
 
 def plan(checkpoint: Checkpoint, request: Request) -> Plan:
@@ -39,14 +43,16 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
     masks = Masks(pattern)
     result = Plan(details=masks)
     policy = load_policy(request.policy)
+    result.warnings += check_policy(policy, checkpoint, selection)
     if needs_text(request):
         checkpoint.require_config(f"which --method {request.method} needs to run the model")
     for name in checkpoint.tensors:
         linear = selection.linears.get(name)
         if linear is None:
-            result.actions[name] = keep(checkpoint, name, selection.reasons.get(name, "fewer than two dimensions"))
+            result.actions[name] = keep(checkpoint, name, selection.why_kept(name))
             continue
-        settings = _settings(policy_for(policy, name), name)
+        settings = policy_for(policy, name)
+        share = share_of(settings, name, request.sparsity)
         if settings.get("keep"):
             result.actions[name] = keep(checkpoint, name, "kept dense by the policy")
             continue
@@ -57,7 +63,7 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
                 "choose another pattern, or leave the tensor out with --exclude",
             )
         masks.linears[name] = linear
-        masks.sparsity[name] = settings.get("sparsity", request.sparsity)
+        masks.sparsity[name] = share
         if "sparsity" in settings:
             masks.fixed.add(name)
         info = checkpoint.tensors[name]
@@ -73,13 +79,3 @@ def _check_fixed(request: Request, pattern: Pattern) -> None:
             f"--pattern {request.pattern} fixes the share of zeros of every layer",
             "leave --rounds and --allocate out, or use --pattern unstructured",
         )
-
-
-def _settings(settings: dict, name: str) -> dict:
-    unknown = settings.keys() - POLICY_KEYS
-    if unknown:
-        raise TersorError(f"policy for {name}: unknown keys {sorted(unknown)}", f"known: {' '.join(POLICY_KEYS)}")
-    share = settings.get("sparsity", 0.0)
-    if not isinstance(share, (int, float)) or not 0 <= share < 1:
-        raise TersorError(f"policy for {name}: sparsity {share!r} is not in [0, 1)", "0.5 removes half")
-    return settings

@@ -10,7 +10,7 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.conv1d import is_transposed
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.blocks import BlockPass
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import weight_matrix
 from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
@@ -23,58 +23,83 @@ from torch import nn
 
 
 def decide(job: Job, plan: Plan) -> Plan:
-    """Spread the zeros over the layers as --allocate says."""
+    """Spread the zeros over the layers as --allocate says, once it is known that --stats has what is needed."""
+    if job.request.stats is not None:
+        plan.details.collected = job.collected(plan.details.linears.values(), method(job.request).needs)
     plan.details.sparsity, plan.details.allocation = allocate(job, plan.details)
     return plan
 
 
 def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
     """Write every tensor. Returns what the allocation predicted and gave."""
-    if job.request.method in DATA_FREE:
+    if job.request.method in DATA_FREE or plan.details.collected is not None:
         _stream(job, plan, writer)
         return plan.details.allocation
     run = job.block_pass(Path(writer.partial))
     pruner = _Pruner(job.checkpoint, plan.details, writer, run, method(job.request))
     pruner.rewrite_all(job.progress)
     run.pool.close()
-    if pruner.starved:
-        plan.warnings.append(
-            f"{len(pruner.starved)} layers saw fewer than {FEWEST_TOKENS} calibration tokens and were pruned without "
-            f"statistics, for example {pruner.starved[0]}"
-        )
-    if run.pool.peak_spilled_bytes:
-        plan.warnings.append(f"{run.pool.peak_spilled_bytes} bytes of activations went to disk to respect --max-memory")
+    plan.warnings += _starved_warning(pruner.starved) + run.pool.warnings()
     return plan.details.allocation
 
 
 def _stream(job: Job, plan: Plan, writer: CheckpointWriter) -> None:
-    """Without data: one tensor in memory at a time."""
+    """Without data, or with statistics from a file: one tensor in memory at a time."""
     checkpoint, masks, chosen = job.checkpoint, plan.details, method(job.request)
-    for count, name in enumerate(checkpoint.tensors):
+    collected = masks.collected
+    names = list(checkpoint.tensors) if collected is None else collected.in_order(checkpoint.tensors)
+    starved = []
+    for count, name in enumerate(names):
         job.progress("tensors", count, len(checkpoint.tensors))
         if name in writer.journal.done:
             continue
         numbers = None
         if name in masks.linears:
-            numbers = {name: _prune_stored(checkpoint, name, masks, chosen, writer)}
+            statistics = None if collected is None else collected.statistics(name)
+            if collected is not None and _is_starved(statistics):
+                statistics = None
+                starved.append(name)
+            numbers = {name: _prune_stored(checkpoint, name, masks, chosen, writer, statistics)}
         else:
             copy_tensor(checkpoint, name, writer)
         writer.finish(name, numbers)
     job.progress("tensors", len(checkpoint.tensors), len(checkpoint.tensors))
+    plan.warnings += _starved_warning(starved)
 
 
-def _prune_stored(checkpoint: Checkpoint, name: str, masks: Masks, chosen, writer: CheckpointWriter) -> dict:
-    """Prune one tensor of the file without statistics and write it."""
+def _is_starved(statistics: InputStatistics | None) -> bool:
+    return statistics is None or statistics.tokens < FEWEST_TOKENS
+
+
+def _starved_warning(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{len(names)} layers saw fewer than {FEWEST_TOKENS} calibration tokens and were pruned without statistics, "
+        f"for example {names[0]}"
+    ]
+
+
+def _prune_stored(
+    checkpoint: Checkpoint,
+    name: str,
+    masks: Masks,
+    chosen,
+    writer: CheckpointWriter,
+    statistics: InputStatistics | None = None,
+) -> dict:
+    """Prune one tensor of the file, where it is computed if there are statistics, and write it."""
     began = time.perf_counter()
     stored = checkpoint.read(name)
     transposed = is_transposed(checkpoint, name)
     weight = (stored.T if transposed else stored).float().contiguous()
-    if not bool(torch.isfinite(weight).all()):
-        raise not_finite(name, checkpoint)
-    pruned = chosen.prune(weight, None, masks.pattern, masks.sparsity[name], name)
+    check_finite(weight, name, checkpoint)
+    if statistics is not None:
+        weight = weight.to(statistics.column_norms.device)
+    pruned = chosen.prune(weight, statistics, masks.pattern, masks.sparsity[name], name)
     new = (pruned.T if transposed else pruned).to(stored.dtype).contiguous()
     writer.write(name, new)
-    return _numbers(weight, pruned, None, began)
+    return _numbers(weight, pruned, statistics, began)
 
 
 class _Pruner(BlockRewriter):
@@ -90,7 +115,7 @@ class _Pruner(BlockRewriter):
         began = time.perf_counter()
         weight = weight_matrix(layer).float().contiguous()
         reason = None
-        if statistics is None or statistics.tokens < FEWEST_TOKENS:
+        if _is_starved(statistics):
             statistics, reason = None, "too few calibration tokens, pruned without statistics"
             self.starved.append(name)
         pruned = self.chosen.prune(weight, statistics, self.masks.pattern, self.masks.sparsity[name], name)

@@ -1,7 +1,7 @@
 """SparseGPT: the weights that cost least go, and those to their right make up for them.
 
 Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv:2301.00774).
-Shares the error-compensation kernel with GPTQ. With the mask known, what stays is refined (`refine`).
+Shares the error-compensation kernel with GPTQ.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from tersor.kernels.error_compensation import compensate
 from tersor.ops.model.inverse_hessian import DAMPING, inverse_factor
 from tersor.ops.model.patterns import Pattern, keep_mask
 from tersor.ops.model.statistics import InputStatistics
-from tersor.ops.prune.weights.refine import refine
 
 BLOCK = 128  # columns whose mask is chosen together
 
@@ -23,8 +22,8 @@ class SparseGPT:
 
     needs = frozenset({"hessian"})
 
-    def __init__(self, damping: float = DAMPING, refined: bool = True):
-        self.damping, self.refined = damping, refined
+    def __init__(self, damping: float = DAMPING):
+        self.damping = damping
 
     def prune(
         self, weight: torch.Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, name: str
@@ -50,5 +49,4 @@ class SparseGPT:
         if pattern.kind == "tile":
             every = ceil(BLOCK / pattern.columns) * pattern.columns
         keep = None if bool(alive.all()) else alive
-        pruned = compensate(weight, factor, keep=keep, prepare=choose, prepare_every=every).weight
-        return refine(weight, pruned, statistics.hessian, self.damping) if self.refined else pruned
+        return compensate(weight, factor, keep=keep, prepare=choose, prepare_every=every).weight

@@ -5,13 +5,13 @@ from __future__ import annotations
 import zlib
 
 import torch
-from tersor.ops.model.copy import not_finite
+from tersor.ops.model.copy import check_finite
+from tersor.ops.model.gradients import backward, is_causal
 from tersor.ops.model.skeleton import weight_matrix
 from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.width import scores
 from tersor.ops.prune.width.cut import Details, Units
-from tersor.ops.prune.width.gradients import backward, is_causal
 from tersor.ops.prune.width.scores import Moments
 from torch import nn
 
@@ -49,8 +49,7 @@ def _weights(job: Job, units: Units) -> Moments:
     moments = Moments(units.count)
     for slot in units.slots:
         tensor = job.checkpoint.read(slot.name)
-        if not bool(torch.isfinite(tensor).all()):
-            raise not_finite(slot.name, job.checkpoint)
+        check_finite(tensor, slot.name, job.checkpoint)
         moments.add(slot.of_units(tensor))
     return moments
 
@@ -65,8 +64,7 @@ def _gradients(job: Job, details: Details) -> list[Moments]:
 
     def take(index: int, tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         for name, (weight, gradient) in tensors.items():
-            if not bool(torch.isfinite(weight).all()):
-                raise not_finite(name, job.checkpoint)
+            check_finite(weight, name, job.checkpoint)
             for found, slot in places[name]:
                 found.add(_cpu(slot.of_units, weight), _cpu(slot.of_units, gradient))
 

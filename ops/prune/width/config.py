@@ -13,9 +13,8 @@ from typing import Any
 
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
-from tersor.ops.model.resize import Shapes, build_meta, shapes_of
+from tersor.ops.model.resize import Key, Shapes, build_meta, set_keys, shapes_of, top_level
 
-Key = tuple[str, ...]
 MOST_KEYS = 10
 TOKEN = "token_id"  # a number that is no width
 
@@ -42,24 +41,6 @@ def build(raw: dict, checkpoint: Checkpoint) -> Built:
     finally:
         logging.set_verbosity(verbosity)
     return Built(shapes_of(model), model.config.to_dict())
-
-
-def set_keys(raw: dict, changes: dict[Key, Any]) -> dict:
-    """`raw` with nested keys replaced; nothing shared is written to."""
-    result = dict(raw)
-    for key, value in changes.items():
-        here = result
-        for part in key[:-1]:
-            here[part] = dict(here.get(part) or {})
-            here = here[part]
-        here[key[-1]] = value
-    return result
-
-
-def top_level(raw: dict, changes: dict[Key, Any]) -> dict[str, Any]:
-    """The changes as whole top-level entries."""
-    changed = set_keys(raw, changes)
-    return {key[0]: changed[key[0]] for key in changes}
 
 
 def integers(settings: dict, path: Key = ()) -> Iterator[tuple[Key, Any]]:

@@ -6,7 +6,7 @@ import torch
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.ops.model.blocks import BlockPass
-from tersor.ops.model.copy import not_finite
+from tersor.ops.model.copy import check_finite
 from tersor.ops.model.skeleton import EXPERTS, Skeleton
 from tersor.ops.prune.width.coupling import BlockProbe, Coupling, find
 from tersor.ops.prune.width.cut import Slot, Units
@@ -49,8 +49,7 @@ def find_units(checkpoint: Checkpoint, skeleton: Skeleton, kind: str) -> list[Un
         if signature not in known:
             with skeleton.filled(index) as filled:
                 for name, layer in skeleton.linears(index).items():
-                    if not bool(torch.isfinite(layer.weight).all()):
-                        raise not_finite(name, checkpoint)
+                    check_finite(layer.weight, name, checkpoint)
                 probe = BlockProbe(run, index, filled, skeleton.block_name(index))
                 known[signature] = find(probe, kind)
                 tied += probe.tied

@@ -129,7 +129,7 @@ def explicit_head_size(skeleton) -> dict[tuple[str, ...], int]:
     """What the model's attention modules call their head size, to be said in config.json: else it would be hidden / heads."""
     found = (getattr(module, "head_dim", None) for block in skeleton.blocks for module in block.modules())
     sizes = {size for size in found if type(size) is int}
-    return {("head_dim",): size for size in sizes} if len(sizes) == 1 else {}  # noqa: B035 - at most one
+    return {("head_dim",): sizes.pop()} if len(sizes) == 1 else {}
 
 
 def _parameter_shapes(checkpoint: Checkpoint, skeleton, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -12,11 +12,11 @@ from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.blocks import BlockPass
+from tersor.ops.model.gradients import block_parameters, is_causal
 from tersor.ops.model.skeleton import Skeleton, StoredDtype
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.width.cut import Details, mask, put
-from tersor.ops.prune.width.gradients import block_parameters, is_causal
 from tersor.ops.prune.width.groups import block_signature, probe_pass
 
 TOLERANCE = 1e-4

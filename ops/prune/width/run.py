@@ -12,7 +12,7 @@ import time
 import torch
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
-from tersor.ops.model.copy import copy_tensor, not_finite
+from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import set_weight
 from tersor.ops.model.skeleton import weight_matrix
 from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
@@ -168,8 +168,7 @@ class _Run:
             self.written.add(name)
             return None
         tensor = self.checkpoint.read(name)
-        if not bool(torch.isfinite(tensor).all()):
-            raise not_finite(name, self.checkpoint)
+        check_finite(tensor, name, self.checkpoint)
         for units, slot in self.cuts[name]:
             tensor = (mask if self.request.keep_shape else take)(tensor, slot, self.kept[units.module])
         if name in self.details.gains:
