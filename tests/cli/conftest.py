@@ -20,6 +20,7 @@ def each_command(model: Path, quantized: Path, text: Path, out: Path) -> dict[st
     return {
         "convert": ["convert", quantized, "-o", out, "--to", "gptq"],
         "evaluate": ["evaluate", quantized, "--text", text, "--seq-len", 32, "--max-windows", 2],
+        "profile": ["profile", quantized, "-o", out],
         "prune": ["prune", model, "-o", out, "--method", "magnitude"],
         "quantize": ["quantize", model, "-o", out, "--group-size", 32],
         "verify": ["verify", quantized],

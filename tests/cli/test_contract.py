@@ -29,7 +29,7 @@ TERSOR = [sys.executable, "-m", "tersor.cli.main"]
 def test_stdout_is_one_path(command, lines, tmp_path, quantized):
     result = run(*lines[command])
     assert result.exit_code == 0, result.stderr
-    expected = tmp_path / "out" if command in ("convert", "prune", "quantize") else quantized
+    expected = tmp_path / "out" if "-o" in lines[command] else quantized
     assert result.stdout == f"{expected}\n"
     assert result.stderr  # a summary
 
@@ -52,10 +52,18 @@ def test_json(command, lines):
         assert (found["schema"], found["command"]) == ("tersor.report/1", command)
 
 
-@pytest.mark.parametrize("command", ["convert", "prune", "quantize"])
+@pytest.mark.parametrize("command", ["convert", "profile", "prune", "quantize"])
 def test_json_is_the_report_on_disk(command, lines, tmp_path):
     found = json.loads(run(*lines[command], "--json", "-q").stdout)
     assert found == json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_the_page_of_a_profile_without_output_is_on_stdout(family):
+    """Nothing else is produced, as with --dry-run."""
+    result = run("profile", family("llama"))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Model and speed\n====")
+    assert result.stderr == ""
 
 
 def test_no_colour_codes_when_not_a_terminal(lines):
@@ -177,6 +185,9 @@ WRONG_USAGE = [
     ["evaluate"],
     ["evaluate", "model", "--stride", "0"],
     ["verify", "model", "extra"],
+    ["profile"],
+    ["profile", "model", "--collect", "norms"],  # no output
+    ["profile", "model", "--suggest", "4bits"],
 ]
 WITHOUT_TORCH = """
 import sys
@@ -211,6 +222,8 @@ def test_wrong_usage(arguments):
         (["quantize", "MODEL", "--dry-run"], 0),
         (["quantize", "MODEL", "--dry-run", "--method", "gptq"], 0),
         (["quantize", "no-such-model", "-o", "out"], 1),
+        (["profile", "MODEL"], 0),
+        (["profile", "MODEL", "--hardware", "abacus"], 1),
         (["--help"], 0),
         (["--version"], 0),
         *[([command, "--help"], 0) for command in COMMANDS],
@@ -271,7 +284,7 @@ def examples(command: str) -> list[list[str]]:
     """Every command of every example in a help text, as arguments."""
     help_text = run(*([command] if command else []), "--help").stdout.replace("\\\n", " ")
     lines = re.findall(r"^ +tersor (.*)$", help_text, re.MULTILINE)
-    return [shlex.split(part.strip().removeprefix("tersor ")) for line in lines for part in line.split("|")]
+    return [shlex.split(part.strip().removeprefix("tersor ")) for line in lines for part in re.split(r"\||&&", line)]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -283,7 +296,7 @@ def test_help_has_examples_that_parse(command):
     for name, *rest in found:
         subcommand = group.commands[name]
         with subcommand.make_context(name, rest) as context:  # raises UsageError for what does not parse
-            assert context.params["model"]
+            assert context.params.get("model") or context.params["models"]
 
 
 def test_every_option_says_what_it_is_for():
