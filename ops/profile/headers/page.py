@@ -180,7 +180,20 @@ def _operators(data: dict) -> Section:
         f"{'A step' if 'decode' in phases else 'A pass'} moves {size(last['moved_bytes'])} and computes {operations(last['flops'])}; "
         f"{top['name']} takes {percent(top['seconds'] / last['seconds'])} of it."
     )
-    return Section("Where the time goes", [_roofline(data, merged), Table("Operators", columns, rows, 2, note)], lead)
+    table = Table("Operators", columns, rows, 2, note)
+    return Section("Where the time goes", [_answer(data, merged, order), _roofline(data, merged), table], lead)
+
+
+def _answer(data: dict, merged: dict[str, dict[str, dict]], order: list[dict]) -> Bars:
+    """What a whole answer spends in each operator: the prompt once, a step for each token after the first."""
+    times = {"prefill": 1, "decode": data["workload"]["generate"] - 1}
+    rows = []
+    for entry in order[:LARGEST]:
+        name = entry["name"]
+        parts = [(phase, times[phase] * found[name]["seconds"]) for phase, found in merged.items() if name in found]
+        rows.append((name, latency(sum(seconds for _, seconds in parts)), parts))
+    rows.sort(key=lambda row: -sum(seconds for _, seconds in row[2]))
+    return Bars("Time of a whole answer", f"{describe_workload(data)}, predicted.", rows)
 
 
 def _merged(rows: list[dict]) -> list[dict]:
