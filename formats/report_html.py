@@ -22,6 +22,7 @@ from tersor.formats.units import count, duration, finite, number, percent, ratio
 ERRORS = {
     "output_relative_mse": ("Error of the outputs", "Squared error of a layer's output on the calibration text, as a share of the output squared."),
     "relative_mse": ("Error of the weights", "Squared error of the stored weights, as a share of the weights squared."),
+    "output_relative_mse_without_repair": ("Error of the outputs without repair", "The same, had the layer that reads what is left not been refitted."),
 }  # fmt: skip
 SAME_ERROR = {"sqnr_db"}
 NEGATIONS = {"symmetric": "--asymmetric", "clip": "--no-clip", "activation_order": "--no-activation-order", "keep_zeros": "--no-keep-zeros", "repair": "--no-repair"}  # fmt: skip

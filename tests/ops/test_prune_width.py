@@ -177,4 +177,4 @@ def test_report(family, shrink):
     assert entry["action"] == "slice" and entry["after"]["shape"] == [64, 72]
     assert entry["reason"] == "72 of 96 neurons stay; least squares"
     assert 0 < entry["error"]["output_relative_mse"] < entry["error"]["output_relative_mse_without_repair"]
-    assert report["quality"]["neurons"]["kept"] == [{"of": 96, "kept": 72}]
+    assert report["quality"]["neurons"]["kept"] == {"of 96": 72}

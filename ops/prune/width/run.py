@@ -44,12 +44,12 @@ def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
     job.progress("prove", 0, 1)
     prove(job, plan, writer, run.kept)
     details = plan.details
-    errors = {name: error for name, error in run.errors.items() if error is not None}
+    errors = [error for error in run.errors.values() if error is not None]
     return {
         details.kind: {
-            "kept": [{"of": count, "kept": kept} for count, kept in details.kept.items()],
+            "kept": {f"of {count}": kept for count, kept in details.kept.items()},
             "repaired": details.repair,
-            **({"output_relative_mse": errors} if errors else {}),
+            **({"mean_output_relative_mse": sum(errors) / len(errors)} if errors else {}),
             **details.quality,
         }
     }
