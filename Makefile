@@ -72,7 +72,7 @@ bench: $(SMOLLM2)/config.json $(PEERS_READY) bench-kernels
 	$(BIN)/python benchmarks/prune_structured.py --model $(SMOLLM2)
 	$(BIN)/python benchmarks/profile_headers.py
 	$(BIN)/python benchmarks/profile_measured.py --model $(SMOLLM2)
-	$(BIN)/python benchmarks/profile_suggest.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/profile_suggest.py --model $(SMOLLM2) --methods rtn
 	$(BIN)/python benchmarks/profile_memory.py
 	$(BIN)/python benchmarks/data_free_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(CACHE)/random-1b \
 	  --sharded-model $(CACHE)/random-1b-4shards
