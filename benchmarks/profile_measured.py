@@ -18,7 +18,6 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.ops.model.bare import BareModel
 from tersor.ops.profile.measure.run import make_stands
 from tersor.ops.profile.measure.runtime import Fits, measure_rounds
-from tersor.ops.profile.measure.stand import choose_blocks
 from tersor.ops.profile.request import Workload
 from transformers import AutoModelForCausalLM
 
@@ -36,12 +35,7 @@ def main() -> None:
     real = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     bare = BareModel(Checkpoint(arguments.model), torch.device("cpu"), torch.float32)
     kinds = bare.kinds()
-    chosen = choose_blocks(bare, kinds)
-    bare.fill_shell()
-    for blocks in chosen.values():
-        for index in blocks:
-            bare.fill(index)
-    stands = make_stands(bare, chosen, FITTED)
+    stands = make_stands(bare, kinds, FITTED)
     times: dict[tuple[int, int], list[float]] = {pair: [] for pair in PAIRS}
     run_real(real, *PAIRS[0])
 
@@ -78,7 +72,11 @@ def main() -> None:
             "model": arguments.model.name,
             "threads": torch.get_num_threads(),
             "dtype": "float32",
-            "fit": {"prompts": [stand.tokens for stand in stands], "rounds": len(rounds), "blocks_timed": chosen},
+            "fit": {
+                "prompts": [stand.tokens for stand in stands],
+                "rounds": len(rounds),
+                "blocks_timed": stands[0].chosen,
+            },
             "largest_error": max(errors),
             "mean_error": round(sum(errors) / len(errors), 4),
             "rows": rows,

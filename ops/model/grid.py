@@ -25,12 +25,16 @@ def find_grid(
 
     With `clip`, each group's range is shrunk by the ratio that makes the error weighted by `column_weight` `[in]` least.
     """
-    size = scheme.group_size if scheme.strategy == "group" else weight.shape[1]
+    size = _group_width(weight, scheme)
     ratios = {} if clip else {"ratios": (1.0,)}
     grid = search_clip(weight, scheme.bits, size, scheme.symmetric, scale_dtype, column_weight=column_weight, **ratios)
     if scheme.symmetric or not scheme.least_zero_point:
         return grid
     return _raise_zero_point(*grid, scheme.bits)
+
+
+def _group_width(weight: torch.Tensor, scheme: Scheme) -> int:
+    return scheme.group_size if scheme.strategy == "group" else weight.shape[1]
 
 
 def _raise_zero_point(scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +58,7 @@ def round_to_nearest(
     if scheme.kind == "float":
         return _to_fp8(weight.float(), scheme, scale_dtype)
     scale, zero_point = find_grid(weight, scheme, scale_dtype, column_weight, clip)
-    size = scheme.group_size if scheme.strategy == "group" else weight.shape[1]
+    size = _group_width(weight, scheme)
     return QuantizedWeight(group_quantize(weight, scale, zero_point, scheme.bits, size), scale, zero_point)
 
 

@@ -105,6 +105,19 @@ def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     return float((weight @ hessian * weight).sum())
 
 
+def is_starved(statistics: InputStatistics | None) -> bool:
+    """Whether so few tokens reached a layer that methods do without its statistics."""
+    return statistics is None or statistics.tokens < FEWEST_TOKENS
+
+
+def starved_warning(names: list[str], fate: str) -> list[str]:
+    """What the report says of the layers `names`, and of what was done to them instead."""
+    if not names:
+        return []
+    few = f"{len(names)} layers saw fewer than {FEWEST_TOKENS} calibration tokens"
+    return [f"{few} and were {fate}, for example {names[0]}"]
+
+
 def output_error(weight: torch.Tensor, changed: torch.Tensor, hessian: torch.Tensor) -> float:
     """||X (W - V)^T||^2 / ||X W^T||^2 of two weights `[out, in]` from X^T X `[in, in]`: the error of the layer's output."""
     energy = output_energy(weight, hessian)

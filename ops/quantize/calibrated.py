@@ -17,7 +17,7 @@ from tersor.ops.model.memory import parking_space
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import Skeleton, weight_matrix
 from tersor.ops.model.spill import SpillPool
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
+from tersor.ops.model.statistics import InputStatistics, is_starved, output_error, starved_warning
 from tersor.ops.quantize.awq import AWQ
 from tersor.ops.quantize.data_free import quantize_tensor
 from tersor.ops.quantize.errors import ErrorSums
@@ -25,6 +25,8 @@ from tersor.ops.quantize.gptq import GPTQ
 from tersor.ops.quantize.plan import Plan, Step
 from tersor.ops.quantize.rtn import RTN
 from torch import nn
+
+INSTEAD = "rounded to nearest"  # of layers that hardly a token reached
 
 
 def quantize_blocks(
@@ -44,7 +46,7 @@ def quantize_blocks(
     job = _Quantizer(checkpoint, plan, writer, run, method, RTN(request.clip), device)
     job.rewrite_all(progress)
     pool.close()
-    return starved_warning(job.starved) + pool.warnings()
+    return starved_warning(job.starved, INSTEAD) + pool.warnings()
 
 
 def gptq_of(request) -> GPTQ:
@@ -140,19 +142,6 @@ def quantize_layer(
     encoded = encoding.encode(step.linear.module, cpu, step.scheme)
     numbers["seconds"] = round(time.perf_counter() - began, 4)
     return encoded, decoded, numbers
-
-
-def is_starved(statistics: InputStatistics | None) -> bool:
-    return statistics is None or statistics.tokens < FEWEST_TOKENS
-
-
-def starved_warning(names: list[str]) -> list[str]:
-    if not names:
-        return []
-    return [
-        f"{len(names)} layers saw fewer than {FEWEST_TOKENS} calibration tokens and were rounded to nearest, "
-        f"for example {names[0]}"
-    ]
 
 
 def _dtype(name: str) -> torch.dtype:

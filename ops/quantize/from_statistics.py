@@ -14,7 +14,8 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.collected import Collected
 from tersor.ops.model.copy import check_finite, copy_tensor
-from tersor.ops.quantize.calibrated import gptq_of, is_starved, quantize_layer, starved_warning
+from tersor.ops.model.statistics import is_starved, starved_warning
+from tersor.ops.quantize.calibrated import INSTEAD, gptq_of, quantize_layer
 from tersor.ops.quantize.plan import Plan
 from tersor.ops.quantize.rtn import RTN
 
@@ -51,4 +52,4 @@ def quantize_collected(
             writer.write(part, tensor)
         writer.finish(name, {name: numbers})
     progress("tensors", len(checkpoint.tensors), len(checkpoint.tensors))
-    return starved_warning(starved)
+    return starved_warning(starved, INSTEAD)

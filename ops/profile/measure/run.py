@@ -49,12 +49,7 @@ def measure(
         "host": _host(machine, fresh),
         "workload": {"batch": workload.batch, "prompt": workload.prompt, "generate": workload.generate},
     }
-    chosen = choose_blocks(bare, kinds)
-    bare.fill_shell()
-    for blocks in chosen.values():
-        for index in blocks:
-            bare.fill(index)
-    stands = make_stands(bare, chosen, workload)
+    stands = make_stands(bare, kinds, workload)
     data |= _times(bare, kinds, stands, workload, progress)
     progress(STAGES[2], 0, 1)
     data |= _operators(bare, kinds, stands, workload, checkpoint, machine)
@@ -65,7 +60,13 @@ def measure(
     return data | training_memory(checkpoint, workload)
 
 
-def make_stands(bare: BareModel, chosen: dict[str, list[int]], workload: Workload) -> list[Stand]:
+def make_stands(bare: BareModel, kinds: list[Kind], workload: Workload) -> list[Stand]:
+    """The prompts to be timed, on the shell and on some blocks of each kind, which are filled."""
+    chosen = choose_blocks(bare, kinds)
+    bare.fill_shell()
+    for blocks in chosen.values():
+        for index in blocks:
+            bare.fill(index)
     if not bare.reads_text:
         return [Stand(bare, chosen, workload.batch, 0)]
     longest = workload.prompt + (workload.generate if bare.causal else 0)

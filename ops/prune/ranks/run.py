@@ -17,7 +17,7 @@ from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import weight_matrix
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error, weight_error
+from tersor.ops.model.statistics import InputStatistics, is_starved, output_error, weight_error
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.ranks.kronecker import kronecker
@@ -129,7 +129,7 @@ class _Whitener(BlockRewriter):
         self.weights = weights
 
     def rewrite(self, name: str, layer: nn.Module, statistics: InputStatistics | None) -> dict:
-        starved = statistics is None or statistics.tokens < FEWEST_TOKENS
+        starved = is_starved(statistics)
         decoded, numbers = self.weights.factorise(name, weight_matrix(layer).float(), None if starved else statistics)
         if starved:
             numbers["reason"] = f"{self.weights.plan.actions[name].reason}; too few calibration tokens, plain SVD"

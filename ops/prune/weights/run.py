@@ -13,13 +13,15 @@ from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import BlockRewriter, set_weight
 from tersor.ops.model.skeleton import weight_matrix
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
+from tersor.ops.model.statistics import InputStatistics, is_starved, output_error, starved_warning
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.weights.allocate import allocate
 from tersor.ops.prune.weights.methods import method
 from tersor.ops.prune.weights.plan import DATA_FREE, Masks
 from torch import nn
+
+INSTEAD = "pruned without statistics"  # layers that hardly a token reached
 
 
 def decide(job: Job, plan: Plan) -> Plan:
@@ -39,7 +41,7 @@ def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
     pruner = _Pruner(job.checkpoint, plan.details, writer, run, method(job.request))
     pruner.rewrite_all(job.progress)
     run.pool.close()
-    plan.warnings += _starved_warning(pruner.starved) + run.pool.warnings()
+    plan.warnings += starved_warning(pruner.starved, INSTEAD) + run.pool.warnings()
     return plan.details.allocation
 
 
@@ -56,7 +58,7 @@ def _stream(job: Job, plan: Plan, writer: CheckpointWriter) -> None:
         numbers = None
         if name in masks.linears:
             statistics = None if collected is None else collected.statistics(name)
-            if collected is not None and _is_starved(statistics):
+            if collected is not None and is_starved(statistics):
                 statistics = None
                 starved.append(name)
             numbers = {name: _prune_stored(checkpoint, name, masks, chosen, writer, statistics)}
@@ -64,20 +66,7 @@ def _stream(job: Job, plan: Plan, writer: CheckpointWriter) -> None:
             copy_tensor(checkpoint, name, writer)
         writer.finish(name, numbers)
     job.progress("tensors", len(checkpoint.tensors), len(checkpoint.tensors))
-    plan.warnings += _starved_warning(starved)
-
-
-def _is_starved(statistics: InputStatistics | None) -> bool:
-    return statistics is None or statistics.tokens < FEWEST_TOKENS
-
-
-def _starved_warning(names: list[str]) -> list[str]:
-    if not names:
-        return []
-    return [
-        f"{len(names)} layers saw fewer than {FEWEST_TOKENS} calibration tokens and were pruned without statistics, "
-        f"for example {names[0]}"
-    ]
+    plan.warnings += starved_warning(starved, INSTEAD)
 
 
 def _prune_stored(
@@ -115,7 +104,7 @@ class _Pruner(BlockRewriter):
         began = time.perf_counter()
         weight = weight_matrix(layer).float().contiguous()
         reason = None
-        if _is_starved(statistics):
+        if is_starved(statistics):
             statistics, reason = None, "too few calibration tokens, pruned without statistics"
             self.starved.append(name)
         pruned = self.chosen.prune(weight, statistics, self.masks.pattern, self.masks.sparsity[name], name)

@@ -15,7 +15,7 @@ from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import set_weight
 from tersor.ops.model.skeleton import weight_matrix
-from tersor.ops.model.statistics import FEWEST_TOKENS, InputStatistics, output_error
+from tersor.ops.model.statistics import InputStatistics, is_starved, output_error
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.width import scores
@@ -101,7 +101,7 @@ class _Run:
         began = time.perf_counter()
         weight = weight_matrix(layer).float()
         slot = units.slot(name)
-        measured = statistics is not None and statistics.tokens >= FEWEST_TOKENS
+        measured = not is_starved(statistics)
         if units.module not in self.kept:
             self.kept[units.module] = self._by_activation(units, weight, statistics if measured else None)
         kept = self.kept[units.module]
