@@ -6,6 +6,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from ahead_of_time import TARGETS, build  # noqa: E402
 from tersor.kernels import (  # noqa: E402
     dequantize,
     error_compensation,
@@ -16,16 +17,7 @@ from tersor.kernels import (  # noqa: E402
     int8_matmul,
     search_clip,
 )
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
-# Target, bytes of shared memory that one program may have.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
-}
 NATIVE_FP8 = ("sm_90", "sm_100")
 EMULATED_FP8 = ("sm_80", "gfx942")
 
@@ -157,19 +149,7 @@ BUILDS = [
 ]
 
 
-@pytest.mark.parametrize(("build", "target"), [pytest.param(b, t, id=f"{b[0]}-{t}") for b in BUILDS for t in b[4]])
-def test_builds(build, target, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # a cached binary would prove nothing
-    _, kernel, pointers, values, _ = build
-    options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
-    constants = {name: value for name, value in values.items() if name not in options}
-    assert set(pointers) | set(constants) <= set(kernel.arg_names)
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    # As at a launch with aligned tensors and round shapes: loads become vectors, and their buffers take shared memory.
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in constants]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    gpu, shared_memory = TARGETS[target]
-    compiled = triton.compile(source, target=gpu, options=options)
-    assert compiled.asm["hsaco" if target == "gfx942" else "cubin"]
-    assert compiled.metadata.shared <= shared_memory
+@pytest.mark.parametrize(("case", "target"), [pytest.param(b, t, id=f"{b[0]}-{t}") for b in BUILDS for t in b[4]])
+def test_builds(case, target, tmp_path, monkeypatch):
+    _, kernel, pointers, values, _ = case
+    build(kernel, pointers, values, target, tmp_path, monkeypatch)

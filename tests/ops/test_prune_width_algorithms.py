@@ -12,13 +12,13 @@ from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
 from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.calibration import load_windows
+from tersor.ops.model.coupling import BlockProbe, find
 from tersor.ops.model.gradients import backward
 from tersor.ops.model.skeleton import Skeleton
 from tersor.ops.model.statistics import InputStatistics, output_error
+from tersor.ops.model.units import find_units
 from tersor.ops.prune.width import cut, scores
 from tersor.ops.prune.width.channels import rms_offset
-from tersor.ops.prune.width.coupling import BlockProbe, find
-from tersor.ops.prune.width.groups import find_units
 from tersor.ops.prune.width.repair import held_out_damping, refit
 from torch import nn
 from torch.nn import functional

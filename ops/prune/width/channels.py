@@ -18,11 +18,11 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.ops.model.resize import build_meta, resize, set_keys, shapes_of, top_level
 from tersor.ops.model.skeleton import Skeleton, is_linear
+from tersor.ops.model.units import Slot, Units, block_signature, probe_pass
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.request import Request
 from tersor.ops.prune.width.config import build
-from tersor.ops.prune.width.cut import Details, Slot, Units, mask
-from tersor.ops.prune.width.groups import block_signature, probe_pass
+from tersor.ops.prune.width.cut import Details, mask
 from tersor.ops.prune.width.plan import explicit_head_size, kept_units, lay_out
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""What belongs to a unit (a neuron, a KV head with its query heads, a hidden channel), and taking it out of tensors."""
+"""Taking units (neurons, KV heads with their query heads, hidden channels) out of tensors."""
 
 from __future__ import annotations
 
@@ -6,45 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-
-
-@dataclass
-class Slot:
-    """One tensor's share in some units: `index` `[units, k]` are the places along `axis` of the tensor as it is stored."""
-
-    name: str
-    axis: int
-    index: torch.Tensor
-
-    def of_units(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The values that belong to each unit `[units, values]`."""
-        return tensor.movedim(self.axis, 0)[self.index.flatten()].reshape(self.index.shape[0], -1)
-
-    def places(self, units: torch.Tensor) -> torch.Tensor:
-        """Where `units` lie along the axis, in ascending order, so that fused parts stay in their order."""
-        return self.index[units].flatten().sort().values
-
-    def shape(self, shape: tuple[int, ...], kept: int) -> tuple[int, ...]:
-        """The shape that is left of `shape` with `kept` units."""
-        return tuple(kept * self.index.shape[1] if axis == self.axis else n for axis, n in enumerate(shape))
-
-
-@dataclass
-class Units:
-    """Units of one kind that are chosen from together: all neurons of an FFN or an expert, all heads of an attention.
-
-    `slots` are everything a unit owns. `readers` are the names of those layers that read the units, one column for each
-    unit or more; they make up for what is removed.
-    """
-
-    module: str
-    block: int | None  # None: the hidden channels, which every block shares
-    count: int
-    slots: list[Slot]
-    readers: list[str] = field(default_factory=list)
-
-    def slot(self, name: str) -> Slot:
-        return next(slot for slot in self.slots if slot.name == name)
+from tersor.ops.model.units import Slot, Units
 
 
 def kept_count(count: int, sparsity: float, multiple_of: int) -> int:

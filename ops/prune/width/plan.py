@@ -22,8 +22,8 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
     import torch
     from tersor.formats.dense import DenseView
     from tersor.ops.model.skeleton import Skeleton
+    from tersor.ops.model.units import find_units, reads_text
     from tersor.ops.prune.width.cut import Details
-    from tersor.ops.prune.width.groups import find_units, reads_text
 
     skeleton = Skeleton(DenseView(checkpoint), torch.device("cpu"))
     text, warnings = reads_text(skeleton), []

@@ -14,10 +14,10 @@ from tersor.formats.writer import CheckpointWriter
 from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.gradients import block_parameters, is_causal
 from tersor.ops.model.skeleton import Skeleton, StoredDtype
+from tersor.ops.model.units import block_signature, probe_pass
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.width.cut import Details, mask, put
-from tersor.ops.prune.width.groups import block_signature, probe_pass
 
 TOLERANCE = 1e-4
 

@@ -16,11 +16,12 @@ from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import set_weight
 from tersor.ops.model.skeleton import weight_matrix
 from tersor.ops.model.statistics import InputStatistics, is_starved, output_error
+from tersor.ops.model.units import Units
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.width import scores
 from tersor.ops.prune.width.choose import choose
-from tersor.ops.prune.width.cut import Units, mask, pack, put, take, unpack
+from tersor.ops.prune.width.cut import mask, pack, put, take, unpack
 from tersor.ops.prune.width.proof import prove
 from tersor.ops.prune.width.repair import held_out_damping, refit
 from torch import nn

@@ -1,0 +1,1 @@
+"""Sparse encodings of single tensors: dense or quantized, packed without loss, and the way back."""
