@@ -25,7 +25,7 @@ SAVE_AGAIN = "save or download the file again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Files of the input that describe its own weights; a new checkpoint writes its own.
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", *PICKLE_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack")
-OWN_FILES = {"report.json", "report.html", "quantize_config.json", "config.json", "lowrank.json"}
+OWN_FILES = {"report.json", "report.html", "quantize_config.json", "config.json", "lowrank.json", "sparse.json", "plan.json"}
 
 
 class Checkpoint:
@@ -56,6 +56,16 @@ class Checkpoint:
         index = self.path / INDEX_NAME
         if self.shards != [self.path / SINGLE_NAME] and index.exists():
             _check_index(index, self.tensors)
+
+    @property
+    def packed(self) -> dict:
+        """The tensors that are decoded on reading, in a checkpoint seen through `formats.sparse.view`."""
+        return {}
+
+    @property
+    def raw(self) -> Checkpoint:
+        """The checkpoint as the file holds it."""
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,8 @@ left out. Packing works on its **elements**, a matrix `[out, in]` of unsigned in
 weight: the raw bits of a float or int8, or a code less its zero point modulo 2^bits. So packing is exact for any content,
 and one set of formats serves dense and quantized weights alike. A format is a module with
 
-- `count(elements, tile)`: how many values (tiles) are stored,
+- `misfit(packed)`: why a tensor cannot be packed so, None where it can,
+- `count(elements, tile)`: how many values (tiles, items) are stored,
 - `layout(packed)`: name -> (dtype, shape) of the tensors that hold it,
 - `encode(packed, elements)`: those tensors,
 - `decode(packed, read)`: the elements again; raises TersorError for anything damaged.
@@ -43,6 +44,8 @@ SUFFIXES = (
     ".csl_offsets",
 )  # fmt: skip
 WORD_BITS = (2, 3, 4, 8)  # of codes packed into int32 words
+CODE_DTYPES = ("I8", "U8")  # that may have a zero point
+MOST_ELEMENTS = 1 << 48  # far more than any weight, and few enough that sizes in bytes cannot overflow
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,11 @@ def detect(checkpoint: Checkpoint) -> dict[str, Packed]:
     if not isinstance(entries, dict):
         raise _damaged(path, "'tensors' is missing or not an object")
     result = {name: _packed(checkpoint, path, name, entry) for name, entry in entries.items()}
-    owned = {name for packed in result.values() for name in packed.layout}
+    owned: dict[str, str] = {}
+    for packed in result.values():
+        for part in packed.layout:
+            if owned.setdefault(part, packed.name) != packed.name:
+                raise _damaged(path, f"tensor {part!r} would belong to both {owned[part]!r} and {packed.name!r}")
     for name in found:
         if name not in owned:
             raise _damaged(path, f"it does not list what tensor {name!r} belongs to")
@@ -206,11 +213,13 @@ def _misfit(packed: Packed) -> str | None:
             return f"{packed.bits}-bit elements {list(extents)} do not fit {packed.dtype} {list(packed.shape)}"
     elif packed.bits != 8 * DTYPE_BYTES[packed.dtype] or packed.bits > 32 or stored != extents:
         return f"elements {list(extents)} of {packed.bits} bits do not fit {packed.dtype} {list(packed.shape)}"
+    if prod(extents) > MOST_ELEMENTS:
+        return f"elements {list(extents)} are more than a tensor can have"
     if isinstance(packed.zero, int) and packed.zero >= 1 << packed.bits:
         return f"zero {packed.zero} is no code of {packed.bits} bits"
-    if packed.count > prod(extents):
-        return f"{packed.count} values in {list(extents)}"
-    return None
+    if packed.zero != 0 and not (packed.in_words or packed.dtype in CODE_DTYPES):
+        return f"zero {packed.zero!r} where {packed.dtype} has one of its own"
+    return packed.codec.misfit(packed)
 
 
 def _is_count(value: object) -> bool:

@@ -11,6 +11,8 @@ from tersor.formats.writer import COPY_BYTES, CheckpointWriter
 
 def check_finite(values: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
     """Raises TersorError when `values`, of tensor `name`, hold NaN or Inf. Integers always pass."""
+    if values.is_floating_point() and values.dtype.itemsize == 1:
+        values = values.float()  # fp8 has no isfinite of its own
     if values.is_floating_point() and not bool(torch.isfinite(values).all()):
         raise TersorError(
             f"{checkpoint.tensors[name].file}: tensor {name!r} holds NaN or Inf",
@@ -19,8 +21,16 @@ def check_finite(values: torch.Tensor, name: str, checkpoint: Checkpoint) -> Non
 
 
 def copy_tensor(checkpoint: Checkpoint, name: str, writer: CheckpointWriter, new_name: str | None = None) -> None:
-    """Copy one tensor's bytes, under `new_name` if given. Raises TersorError when a float tensor holds NaN or Inf."""
+    """Copy one tensor's bytes, unpacked if they are packed, under `new_name` if given.
+
+    Raises TersorError when a float tensor holds NaN or Inf.
+    """
     info = checkpoint.tensors[name]
+    if name in checkpoint.packed:
+        tensor = checkpoint.read(name)
+        check_finite(tensor, name, checkpoint)
+        writer.write(new_name or name, tensor)
+        return
     buffer = torch.empty(min(COPY_BYTES, info.nbytes), dtype=torch.uint8)
     for start in range(0, info.nbytes, COPY_BYTES):
         piece = buffer[: min(COPY_BYTES, info.nbytes - start)]
