@@ -59,7 +59,7 @@ def _int4_matmul_kernel(
         x_mask = (m < M)[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + m[:, None] * x_row_stride + k[None, :], mask=x_mask, other=0.0).to(DOT)
         word = block * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-        word_mask = in_n[:, None] & (word * 8 < K)[None, :]
+        word_mask = in_n[:, None] & (word < tl.cdiv(K, 8))[None, :]  # as `word * 8 < K` it would hide the alignment
         words = tl.load(packed_ptr + n[:, None] * packed_row_stride + word[None, :], mask=word_mask, other=0)
         codes = (words[:, :, None] >> (slot * 4)[None, None, :]) & 15
         codes = tl.reshape(codes, [BLOCK_N, BLOCK_K]) - 8

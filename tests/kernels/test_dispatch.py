@@ -42,7 +42,8 @@ import sys
 sys.modules["triton"] = None
 import torch
 from tersor.kernels import (
-    dequantize, dispatch, error_compensation, fp8_matmul, group_quantize, int4_matmul, int8_matmul, search_clip
+    active_matmul, bitmap_matmul, count_tiles, dequantize, dispatch, error_compensation, fp8_matmul, group_quantize,
+    grouped_matmul, int4_matmul, int8_matmul, search_clip, semi_structured, sparse_index, tile_matmul
 )
 assert not dispatch.HAVE_TRITON
 packed, scale, _ = group_quantize.quantize_and_pack(torch.ones(2, 32), 4, 32, True, torch.float32)
