@@ -93,7 +93,7 @@ def _int8_matmul_kernel(
 
 
 @cache
-def _int_mm_is_exact() -> bool:
+def int_mm_is_exact() -> bool:
     """Whether torch's int8 product is: without VNNI instructions it may add pairs of products in 16 bits."""
     low, high = torch.full((32, 64), -128, dtype=torch.int8), torch.full((32, 64), 127, dtype=torch.int8)
     pairs = ((low, low), (low, high), (high, high))
@@ -133,7 +133,7 @@ def int8_matmul(
     if kind == "reference":
         return reference_int8_matmul(x, weight, x_scale, weight_scale, dtype)
     if kind == "torch":
-        whole = tokens > 0 and rows > 0 and columns >= 32 and _int_mm_is_exact()  # torch 2.13 is wrong for one column
+        whole = tokens > 0 and rows > 0 and columns >= 32 and int_mm_is_exact()  # torch 2.13 is wrong for one column
         total = torch._int_mm(x, weight.t()) if whole else _int_mm_in_pieces(x, weight)
         return (total.float() * x_scale * weight_scale.float().t()).to(dtype)
     x, weight = x.contiguous(), weight.contiguous()

@@ -32,7 +32,7 @@ def test_cpu_equals_the_reference(tokens, rows, columns, dtype, seed):
 @pytest.mark.parametrize("has_exact_int_mm", [False, True])
 def test_cpu_is_exact_on_long_extreme_rows(monkeypatch, has_exact_int_mm):
     if not has_exact_int_mm:
-        monkeypatch.setattr(module, "_int_mm_is_exact", lambda: False)
+        monkeypatch.setattr(module, "int_mm_is_exact", lambda: False)
     x = torch.full((2, 5000), -128, dtype=torch.int8)
     weight = torch.full((3, 5000), -128, dtype=torch.int8)
     weight[0, 0] = 127
