@@ -79,6 +79,7 @@ bench: $(SMOLLM2)/config.json $(PEERS_READY) bench-kernels
 
 bench-kernels: $(READY)
 	$(BIN)/python benchmarks/kernel_speed.py
+	$(BIN)/python benchmarks/sparse_kernels.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers $(CACHE) $(OUT) build *.egg-info

@@ -20,13 +20,16 @@ def convert(
     quiet: common.Quiet = False,
     debug: common.Debug = False,
 ) -> None:
-    """Write a quantized checkpoint in another encoding with the same codes, or as dense weights.
+    """Write a quantized checkpoint in another encoding with the same codes, or as dense weights; unpack a sparse one.
 
     \b
       tersor convert small -o small-gptq --to gptq
       tersor convert small -o dense --to dense
+      tersor convert sparse -o before --to dense
 
-    Between encodings nothing is rounded; what would lose something is refused.
+    Between encodings nothing is rounded; what would lose something is refused. --to dense makes of a checkpoint that
+    sparsify packed the very one it was, bit for bit: if that was quantized, it is again, and --to dense once more makes
+    the codes dense (or at once, with --dtype).
     """
     with common.reported_errors(debug):
         from tersor.ops.convert.run import Request

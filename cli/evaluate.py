@@ -64,5 +64,11 @@ def evaluate(
                 ("KL divergence", f"{quality['kl_divergence']:.4f} nats per token"),
                 ("top-1 agreement", f"{100 * quality['top1_agreement']:.1f} %"),
             ]
+        if "activation_sparsity" in quality:
+            skipped = quality["activation_sparsity"]
+            rows += [
+                ("inputs zeroed", f"{100 * skipped['inputs_zeroed']:.1f} % of those of layers with a threshold"),
+                ("weights not read", f"{100 * skipped['weight_bytes_not_read']:.1f} % of the bytes, for each token"),
+            ]
         common.show([*rows, ("time", f"{report.seconds:.1f} s")], report.warnings, quiet)
         common.emit(path, report.to_dict() if json else None)

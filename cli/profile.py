@@ -35,6 +35,10 @@ def profile(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time operators and blocks on this device; count what training saves.")
     ] = False,
+    sparse_crossover: Annotated[
+        bool,
+        typer.Option("--sparse-crossover", help="Time sparse products on this device: from which sparsity they pay."),
+    ] = False,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="With calibration text: what every scheme does to every layer.")
     ] = False,
@@ -71,6 +75,8 @@ def profile(
       tersor profile MODEL small -o compare
     On this machine, predicted against measured:
       tersor profile MODEL --measure
+    The sparsity above which each sparse format beats dense, for a step (--batch), a small batch and a prompt:
+      tersor profile MODEL --sparse-crossover
     Which layers suffer from which scheme, and the best mix for a budget:
       tersor profile MODEL --sensitivity --suggest 4.25bits -o P && tersor quantize MODEL --policy P/policy.json -o Q
 
@@ -87,8 +93,8 @@ def profile(
                 raise typer.BadParameter(f"an output folder is needed for {option}", param_hint="'-o' / '--output'")
         request = Request(
             [common.resolve_input(model) for model in models], output, hardware, Workload(batch, prompt, generate, trials),
-            measure, sensitivity, [kind for kind in collect.split(",") if kind], suggest, method, memory_trace, calib, samples,
-            seq_len, seed, device, common.parse_size(max_memory), force,
+            measure, sparse_crossover, sensitivity, [kind for kind in collect.split(",") if kind], suggest, method,
+            memory_trace, calib, samples, seq_len, seed, device, common.parse_size(max_memory), force,
         )  # fmt: skip
         with common.progress(quiet) as progress:
             report, sections = run(request, progress)

@@ -25,7 +25,7 @@ ERRORS = {
     "output_relative_mse_without_repair": ("Error of the outputs without repair", "The same, had the layer that reads what is left not been refitted."),
 }  # fmt: skip
 SAME_ERROR = {"sqnr_db"}
-NEGATIONS = {"symmetric": "--asymmetric", "clip": "--no-clip", "activation_order": "--no-activation-order", "keep_zeros": "--no-keep-zeros", "repair": "--no-repair"}  # fmt: skip
+NEGATIONS = {"symmetric": "--asymmetric", "clip": "--no-clip", "activation_order": "--no-activation-order", "keep_zeros": "--no-keep-zeros", "repair": "--no-repair", "permute": "--no-permute", "nested": "--no-nested"}  # fmt: skip
 TILES = {"perplexity", "compared_perplexity", "kl_divergence", "top1_agreement"}
 MOST_GROUPS = 15  # rows of the tables that are open at once
 MOST_ROWS = 20_000  # rows of the folded table; browsers grow slow beyond
@@ -165,9 +165,14 @@ def history(content: dict) -> str:
 
 def quality(found: dict) -> str:
     """On which text the tiles' numbers were measured, and whatever else was."""
-    pairs = [svg.keyed(key, value) for key, value in svg.flat(found) if key not in TILES and value is not None]
+    told = [(key, value) for key, value in svg.flat(found) if key not in TILES and value not in (None, [])]
+    pairs = [svg.keyed(key, f"{len(value)} in report.json" if _is_table(value) else value) for key, value in told]
     more = f"<p>{len(pairs) - 40:,} more in report.json.</p>" if len(pairs) > 40 else ""
     return svg.section("Quality", svg.facts(pairs[:40]) + more)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and isinstance(value[0], dict)
 
 
 def bytes_by_kind(rows: list[Row]) -> str:

@@ -95,6 +95,8 @@ def zero_points(packed: Packed, checkpoint: Checkpoint) -> torch.Tensor | None:
     if name not in checkpoint.tensors:
         raise packed.damaged(f"tensor {name!r}, from which its codes count, is missing")
     stored = checkpoint.read(name)
+    if stored.dim() != 2 or stored.dtype not in (torch.int8, torch.int32):
+        raise packed.damaged(f"tensor {name!r} is {stored.dtype} {list(stored.shape)}, no zero points of groups")
     if not packed.in_words:
         return stored
     rows = unpack_rows(stored.transpose(0, -1).contiguous(), packed.bits, packed.rows)

@@ -1,4 +1,8 @@
-"""`convert`: the same codes in another encoding, or dense weights again, from codes or from factors."""
+"""`convert`: the same codes in another encoding, or dense weights again, from codes, from factors, or from packed zeros.
+
+A packed checkpoint is unpacked first: `--to dense` without a dtype gives back the very checkpoint that was packed, codes
+included; once more makes codes dense.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseTensor, DenseView
 from tersor.formats.encodings import QuantizedWeight
 from tersor.formats.errors import TersorError
-from tersor.formats.header import FLOAT_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES
+from tersor.formats.header import FLOAT_DTYPES, SAFETENSORS_DTYPES, TORCH_DTYPES, tensor_bytes
 from tersor.formats.locate import locate
 from tersor.formats.output import check_output
 from tersor.formats.report import Report, TensorEntry
+from tersor.formats.sparse.view import open_checkpoint
 from tersor.formats.writer import CheckpointWriter, Layout, writing
 from tersor.ops.model.copy import copy_tensor
 from tersor.ops.model.step import begin, publish, settings
@@ -41,10 +46,12 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
         raise TersorError(f"unknown target {request.to!r}", f"one of {' '.join(TARGETS)}")
     if request.dtype is not None and (request.dtype not in DTYPES or request.to != "dense"):
         raise TersorError(f"--dtype {request.dtype}", f"one of {' '.join(DTYPES)}, together with --to dense")
-    checkpoint = Checkpoint(locate(request.model))
+    checkpoint = open_checkpoint(locate(request.model))
     check_output(request.output, checkpoint.path, request.force, request.resume)
+    if checkpoint.packed and request.to == "dense" and request.dtype is None:
+        return _unpack(checkpoint, request, progress)
     view = DenseView(checkpoint)
-    if not view.is_quantized and not view.is_factorised:
+    if not checkpoint.packed and not view.is_quantized and not view.is_factorised:
         raise TersorError(f"{checkpoint.path}: is dense already", "quantize it with tersor quantize")
     _check_target(view, checkpoint, request.to)
     layout = {name: _plan(view, entry, name, request) for name, entry in view.tensors.items()}
@@ -60,6 +67,40 @@ def convert(request: Request, progress: Callable[[str, int, int], None] = lambda
         _write_config(checkpoint, view, request, writer)
         publish(writer, checkpoint, report)
     return report
+
+
+def _unpack(checkpoint: Checkpoint, request: Request, progress: Callable[[str, int, int], None]) -> Report:
+    """The checkpoint as it was before it was packed."""
+    key, report = begin("convert", checkpoint, settings(request), "cpu")
+    layout: Layout = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    with writing(CheckpointWriter(request.output, layout, key, request.resume)) as writer:
+        for count, name in enumerate(layout):
+            progress("tensors", count, len(layout))
+            if name not in writer.journal.done:
+                copy_tensor(checkpoint, name, writer)
+                writer.finish(name, None)
+        if checkpoint.config is not None:
+            writer.add_json("config.json", checkpoint.config)
+        view = DenseView(checkpoint)
+        if view.encoding is encodings.encoding("gptq"):
+            writer.add_json("quantize_config.json", checkpoint.config["quantization_config"])
+        report.tensors = [_unpacked_entry(view, entry, name) for name, entry in view.tensors.items()]
+        if view.is_quantized:
+            report.warnings.append(
+                "unpacked and still quantized, as it was: convert --to dense once more for dense weights"
+            )
+        publish(writer, checkpoint, report)
+    return report
+
+
+def _unpacked_entry(view: DenseView, entry: DenseTensor, name: str) -> TensorEntry:
+    checkpoint, parts = view.checkpoint, view.stored_names(name)
+    before = sum(checkpoint.tensors[part].nbytes for part in parts)
+    after = sum(tensor_bytes(checkpoint.tensors[part].dtype, checkpoint.tensors[part].shape) for part in parts)
+    kind = f"{entry.scheme.kind}{entry.scheme.bits}" if entry.scheme else entry.dtype
+    action = "unpack" if any(part in checkpoint.packed for part in parts) else "keep"
+    side = {"dtype": kind, "shape": list(entry.shape)}
+    return TensorEntry(name, action, None, side | {"bytes": before}, side | {"bytes": after})
 
 
 def _check_target(view: DenseView, checkpoint: Checkpoint, to: str) -> None:
@@ -171,8 +212,6 @@ def _write_config(checkpoint: Checkpoint, view: DenseView, request: Request, wri
 
 
 def _entry(view: DenseView, entry: DenseTensor, name: str, layout: Layout) -> TensorEntry:
-    from tersor.formats.header import tensor_bytes
-
     owned = [view.checkpoint.tensors[tensor] for tensor in view.stored_names(name)]
     params = {"params": sum(info.params for info in owned)} if entry.factors else {}
     after = sum(tensor_bytes(*tensor) for tensor in layout.values())

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
 from tersor.formats.locate import locate
 from tersor.formats.report import Report
+from tersor.formats.sparse.view import open_checkpoint
 from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.calibration import encode, load_tokenizer, special_tokens
 from tersor.ops.model.device import pick_device
+from tersor.ops.model.input_thresholds import traffic
 from tersor.ops.model.memory import parking_space
 from tersor.ops.model.skeleton import Skeleton
 from tersor.ops.model.spill import SpillPool
@@ -41,7 +42,7 @@ class Request:
 
 def evaluate(request: Request, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Report:
     """Perplexity of `request.model`; with `compare`, also KL divergence and top-1 agreement. Raises TersorError."""
-    checkpoint = Checkpoint(locate(request.model))
+    checkpoint = open_checkpoint(locate(request.model))
     checkpoint.require_config("which evaluate needs to run the model")
     device = pick_device(request.device)
     report = Report.start(
@@ -51,7 +52,7 @@ def evaluate(request: Request, progress: Callable[[str, int, int], None] = lambd
     model = _run_blocks(checkpoint, windows, device, request.max_memory_bytes, progress, "blocks")
     other = None
     if request.compare is not None:
-        reference = Checkpoint(locate(request.compare))
+        reference = open_checkpoint(locate(request.compare))
         reference.require_config("which evaluate needs to run the model")
         other = _run_blocks(reference, windows, device, request.max_memory_bytes, progress, "blocks of the other model")
     report.quality = {
@@ -61,6 +62,8 @@ def evaluate(request: Request, progress: Callable[[str, int, int], None] = lambd
         "windows": len(windows),
         **_score(model, other, targets, progress),
     }
+    if model.skeleton.thresholds:
+        report.quality["activation_sparsity"] = traffic(model.skeleton, model.skeleton.input_counts, windows.numel())
     if request.compare is not None:
         report.quality["compared_with"] = request.compare
     report.finish(checkpoint)
@@ -79,7 +82,9 @@ def require_report(folder: Path) -> None:
 def record(report: Report, folder: Path) -> None:
     """Put the quality into the report that travels with the checkpoint."""
     own = Report.load(folder)
-    own.quality |= report.quality
+    for key, value in report.quality.items():
+        known = own.quality.get(key)
+        own.quality[key] = known | value if isinstance(value, dict) and isinstance(known, dict) else value
     own.write(folder)
 
 

@@ -137,6 +137,15 @@ class BlockProbe:
                 columns[name] = (after != before).flatten(0, -2).any(0).cpu()
         return columns, not torch.equal(output, self.output)
 
+    def with_noise(self, noise: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs of all linear layers when those in `noise` put that out."""
+        kept = self.noise
+        self.noise = kept | noise
+        try:
+            return self._watch(torch.no_grad())[0]
+        finally:
+            self.noise = kept
+
     def refuse(self, module: str, why: str) -> TersorError:
         return TersorError(
             f"{self.title}.{module}: {why}",
@@ -153,7 +162,7 @@ def find(probe: BlockProbe, kind: str) -> list[Coupling]:
     found: dict[str, Coupling] = {}
     with probe.traced() as inputs:
         for name, x in sorted(inputs.items(), key=lambda item: -item[1].numel()):
-            pattern = _expert_pattern(name)
+            pattern = expert_pattern(name)
             if pattern in found:
                 continue
             width = _unit_width(probe, name, x)
@@ -175,7 +184,7 @@ def _unit_width(probe: BlockProbe, name: str, x: torch.Tensor) -> int | None:
     columns[0] = True
     for _ in range(LARGEST_CLOSURE):
         rows = probe.rows_behind(x, columns)
-        if not rows or _is_a_copy(probe, x, rows):
+        if not rows or is_a_copy(probe, x, rows):
             return None
         grown = columns | probe.changed(rows)[0][name]
         if bool((grown == columns).all()):
@@ -190,12 +199,12 @@ def _unit_width(probe: BlockProbe, name: str, x: torch.Tensor) -> int | None:
     return width
 
 
-def _is_a_copy(probe: BlockProbe, x: torch.Tensor, rows: dict[str, torch.Tensor]) -> bool:
+def is_a_copy(probe: BlockProbe, x: torch.Tensor, rows: dict[str, torch.Tensor]) -> bool:
     """Whether x is the very output of another layer: two factors of one matrix, not an activation."""
     return len(rows) == 1 and torch.equal(x, probe.noise[next(iter(rows))])
 
 
-def _codes(count: int) -> Iterator[tuple[int, torch.Tensor]]:
+def codes(count: int) -> Iterator[tuple[int, torch.Tensor]]:
     """(bit, units `[count]` bool): for every bit of the unit number the units that have it, then those that do not."""
     units = torch.arange(count)
     for bit in range(max(1, (count - 1).bit_length())):
@@ -208,7 +217,7 @@ def _rows_of_units(probe: BlockProbe, name: str, x: torch.Tensor, width: int) ->
     """The rows `[units, k]` of every layer that writes the units of `name`."""
     count = x.shape[-1] // width
     seen: dict[str, dict[int, torch.Tensor]] = {}
-    for bit, units in _codes(count):
+    for bit, units in codes(count):
         for writer, rows in probe.rows_behind(x, units.repeat_interleave(width)).items():
             seen.setdefault(writer, {})[bit] = rows
     result = {}
@@ -233,7 +242,7 @@ def _rows_of_units(probe: BlockProbe, name: str, x: torch.Tensor, width: int) ->
 
 def _prove(probe: BlockProbe, coupling: Coupling) -> None:
     """Step 3: bit by bit, exactly the columns of the changed units change. Raises TersorError otherwise."""
-    for _, units in _codes(coupling.count):
+    for _, units in codes(coupling.count):
         rows = {}
         for writer, index in coupling.rows.items():
             rows[writer] = torch.zeros(index.numel(), dtype=torch.bool)
@@ -248,7 +257,7 @@ def _prove(probe: BlockProbe, coupling: Coupling) -> None:
             raise probe.refuse(next(iter(coupling.rows)), "reaches the block's output on a way of its own")
 
 
-def _expert_pattern(name: str) -> str:
+def expert_pattern(name: str) -> str:
     """The same for all experts of one module: `mlp.experts.tersor.*.down_proj`."""
     head, found, rest = name.partition(f".{EXPERTS}.")
     return f"{head}{found}*.{rest.split('.', 1)[1]}" if found else name

@@ -18,7 +18,7 @@ from functools import cache
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme
 from tersor.ops.model.facts import ATTENTION, EMBEDDING, TOWER, Attention, Facts
-from tersor.ops.model.stored import Stored
+from tersor.ops.model.stored import SPARSE, Stored
 
 ACTIVATION_BYTES = 2  # of a number between operators, whatever the weights are stored in
 KINDS = (
@@ -292,7 +292,8 @@ def _linear(name: str, kind: str, weight: Stored, per: str) -> Linear:
 def precision_of(weight: Stored) -> tuple[str, bool]:
     """(what the products are made in, whether the weights are unpacked for that)"""
     if weight.scheme is None:
-        return PRECISIONS.get(weight.label, "bf16"), weight.label not in PRECISIONS
+        kind = weight.label.removesuffix(SPARSE)
+        return PRECISIONS.get(kind, "bf16"), weight.label not in PRECISIONS
     activations = weight.scheme.activations
     if activations is None:
         return "bf16", True

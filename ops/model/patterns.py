@@ -92,9 +92,13 @@ def _largest(scores: torch.Tensor, drop: int) -> torch.Tensor:
     if drop == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if scores.shape[-1] <= FEW:
-        left, right = scores[..., :, None], scores[..., None, :]
-        before = torch.ones(scores.shape[-1], scores.shape[-1], dtype=torch.bool, device=scores.device).tril(-1)
-        rank = ((right < left) | ((right == left) & before)).sum(-1)
+        rank = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)  # how many go before it
+        columns, ranks = scores.unbind(-1), rank.unbind(-1)
+        for right in range(len(columns)):
+            for left in range(right):
+                left_goes = (columns[left] <= columns[right]).view(torch.uint8)
+                ranks[right].add_(left_goes)
+                ranks[left].add_(1 - left_goes)
         return rank >= drop
     rows = scores.reshape(-1, scores.shape[-1])
     limit = rows.kthvalue(drop, dim=-1, keepdim=True).values

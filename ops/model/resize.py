@@ -6,6 +6,7 @@ model's own code gives tensors of exactly the new shapes and no other difference
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
@@ -51,6 +52,19 @@ def build_meta(checkpoint: Checkpoint, config: dict) -> nn.Module:
             "update transformers, and check config.json",
         ) from error
     return model.eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing about configurations that do not fit."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def set_keys(raw: dict, changes: dict[Key, Any]) -> dict:

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from tersor.formats.activation_thresholds import threshold_of
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
 from tersor.ops.model.initial import fill_buffers, folded_parameters, initial_value
+from tersor.ops.model.input_thresholds import InputCounts, applied
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -43,9 +45,18 @@ class ExpertLayers(nn.Module):
 class Skeleton:
     """`model` on the meta device and the map between its parameters and checkpoint tensors."""
 
-    def __init__(self, view: DenseView, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        view: DenseView,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        thresholds: dict[str, float] | None = None,
+    ):
         """Raises TersorError when transformers has no definition, or tensors are missing."""
         self.view, self.device, self.dtype = view, device, dtype
+        # Inputs of layers below these are zero in filled blocks, by weight name; the counts say what that came to.
+        self.thresholds = threshold_of(view.checkpoint) if thresholds is None else thresholds
+        self.input_counts: dict[str, InputCounts] = {}
         self.model = _build(view)
         self.sources = map_names(self.model, view)
         self.folded = folded_parameters(self.model, view.config)
@@ -146,8 +157,10 @@ class Skeleton:
         for name, buffer in list(block.named_buffers()):  # the correction bias of a router
             if sources := self.by_parameter.get(f"{prefix}.{name}"):
                 assign(block, name, self.view.read(sources[0]).to(self.device, buffer.dtype))
+        layers = self.linears(index) if self.thresholds else {}
         try:
-            yield block
+            with applied(layers, self.thresholds, self.input_counts):
+                yield block
         finally:
             for module in fused:
                 delattr(block.get_submodule(module), EXPERTS)
@@ -171,21 +184,8 @@ class Skeleton:
                 linear.weight = nn.Parameter(weight, requires_grad=False)
                 experts[self.sources[source].expert].add_module(source.split(".")[-2], linear)
             setattr(module, EXPERTS, experts)
-            module.tersor_gate_up, module.tersor_down = self._expert_roles(sources)
+            module.tersor_gate_up, module.tersor_down = expert_roles(self.model, self.sources, sources)
         return fused
-
-    def _expert_roles(self, sources: list[str]) -> tuple[list[str], list[str]]:
-        """Names of the layers that make gate_up (in the order they are concatenated), and of the one that makes down."""
-        converters = {pattern: converter for converter in self.converters() for pattern in converter.source_patterns}
-        leaf = {self.sources[source].pattern: source.split(".")[-2] for source in sources}
-        roles: tuple[list[str], list[str]] = ([], [])
-        for pattern, converter in converters.items():
-            if pattern in leaf:
-                roles["down" in converter.target_patterns[0]].append(leaf[pattern])
-        return roles
-
-    def converters(self) -> list:
-        return _transforms(self.model)[1]
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """Checkpoint weight name -> linear layer (nn.Linear or Conv1D) of a filled block."""
@@ -245,6 +245,18 @@ def experts_forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor
     return result
 
 
+def expert_roles(model: nn.Module, sources: dict[str, Source], names: list[str]) -> tuple[list[str], list[str]]:
+    """What `experts_forward` asks of the experts that checkpoint tensors `names` are part of: the names of the layers
+    that make gate_up (in the order they are concatenated), and of the one that makes down."""
+    converters = {pattern: converter for converter in transforms(model)[1] for pattern in converter.source_patterns}
+    leaf = {sources[name].pattern: name.split(".")[-2] for name in names}
+    roles: tuple[list[str], list[str]] = ([], [])
+    for pattern, converter in converters.items():
+        if pattern in leaf:
+            roles["down" in converter.target_patterns[0]].append(leaf[pattern])
+    return roles
+
+
 class StoredDtype(TorchFunctionMode):
     """Lets tables and heads stay in the dtype and place they are stored in, while everything else computes in another.
 
@@ -274,7 +286,7 @@ def _build(view: DenseView) -> nn.Module:
 
     config_dict = view.checkpoint.require_config("which says what model this is")
     path = view.checkpoint.path
-    _register_experts()
+    register_experts()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if hasattr(config, "quantization_config"):
@@ -303,26 +315,27 @@ def _build(view: DenseView) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _register_experts() -> None:
+def register_experts() -> None:
+    """Make transformers know `experts_forward`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 
 
-def _transforms(model: nn.Module) -> tuple[list, list]:
+def transforms(model: nn.Module) -> tuple[list, list]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    transforms = get_model_conversion_mapping(model)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    return [transform for transform in transforms if not isinstance(transform, WeightConverter)], converters
+    found = get_model_conversion_mapping(model)
+    converters = [transform for transform in found if isinstance(transform, WeightConverter)]
+    return [transform for transform in found if not isinstance(transform, WeightConverter)], converters
 
 
 def map_names(model: nn.Module, view: DenseView) -> dict[str, Source]:
     """Where every checkpoint tensor of `view` goes in `model`. Raises TersorError for a way of loading not known here."""
     from transformers.core_model_loading import rename_source_key
 
-    renamings, converters = _transforms(model)
+    renamings, converters = transforms(model)
     state = dict(model.state_dict())
     prefix = model.base_model_prefix
     sources: dict[str, Source] = {}

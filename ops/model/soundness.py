@@ -10,6 +10,7 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
 from tersor.formats.header import FLOAT_DTYPES
+from tersor.formats.sparse.view import open_checkpoint
 from tersor.formats.writer import Layout
 from tersor.ops.model.selection import select
 
@@ -26,13 +27,13 @@ def check_folder(
     `expected` is what a command has just planned and written; its report comes last, so none is looked at then.
     """
     try:
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         view = DenseView(checkpoint)
     except TersorError as error:
         return [str(error)]
     problems = []
     if expected is not None:
-        found = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+        found = {name: (info.dtype, info.shape) for name, info in checkpoint.raw.tensors.items()}
         wanted = {name: (dtype, tuple(shape)) for name, (dtype, shape) in expected.items()}
         for name in sorted(found.keys() ^ wanted.keys()):
             problems.append(f"tensor {name!r} is {'missing' if name in wanted else 'not expected'}")

@@ -8,8 +8,10 @@ from tersor import __version__
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.report import Report
+from tersor.formats.sparse.view import open_checkpoint
 from tersor.formats.writer import CheckpointWriter
 
+REORDERED = "channels reordered"  # in the reason of a tensor whose rows or columns have changed places
 NOT_IN_THE_BYTES = {"output", "force", "resume", "max_memory_bytes", "model"}
 
 
@@ -37,6 +39,6 @@ def publish(writer: CheckpointWriter, source: Checkpoint, report: Report) -> Non
     problems = check_folder(writer.partial, expected=writer.layout, sample=True)
     if problems:
         raise TersorError(f"{writer.out}: the output is not sound: {problems[0]}", "please report this as a bug")
-    report.finish(Checkpoint(writer.partial), name=str(writer.out))
+    report.finish(open_checkpoint(writer.partial), name=str(writer.out))
     report.write(writer.partial)
     writer.commit()

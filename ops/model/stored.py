@@ -18,6 +18,7 @@ from tersor.formats.conv1d import CONV1D_MODULES, is_transposed
 from tersor.formats.errors import TersorError
 from tersor.formats.scheme import Scheme
 
+SPARSE = " sparse"  # ends the label of what is packed
 LABELS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 CONV1D = tuple(f"{module}.weight" for module in CONV1D_MODULES)
 FP8_SCALES = (".weight_scale_inv", ".weight_scale", ".input_scale", ".activation_scale")
@@ -83,7 +84,7 @@ def stored_weights(checkpoint: Checkpoint) -> dict[str, Stored]:
             if len(shape) == 2 and name.endswith(CONV1D) and is_transposed(checkpoint, name):
                 shape = shape[::-1]
             params = info.params
-            label = LABELS.get(info.dtype, info.dtype.lower())
+            label = LABELS.get(info.dtype, info.dtype.lower()) + (SPARSE if name in checkpoint.packed else "")
             result[name] = Stored(shape, params, info.nbytes, label, None, params, place_of(name))
     return result
 
@@ -105,6 +106,7 @@ def _encoded(checkpoint: Checkpoint, result: dict[str, Stored]) -> set[str]:
             shape = _unpacked(checkpoint, module, packed.shape, scheme)
         nbytes = sum(tensors[name].nbytes for name in names)
         label = f"{'fp' if scheme.kind == 'float' else 'int'}{scheme.bits}"
+        label += SPARSE if any(name in checkpoint.packed for name in names) else ""
         result[f"{module}.weight"] = Stored(
             shape, prod(shape), nbytes, label, scheme, prod(shape), place_of(f"{module}.weight")
         )

@@ -135,18 +135,31 @@ def module_names(skeleton: Skeleton, index: int) -> dict[str, str]:
 
 def _units(skeleton: Skeleton, index: int, coupling: Coupling, names: dict[str, str]) -> Units:
     columns = torch.arange(coupling.count * coupling.width).reshape(coupling.count, coupling.width)
+    return units_of(skeleton, index, coupling.reader, columns, coupling.rows, names)
+
+
+def units_of(
+    skeleton: Skeleton,
+    index: int,
+    reader: str,
+    columns: torch.Tensor,
+    rows: dict[str, torch.Tensor],
+    names: dict[str, str],
+) -> Units:
+    """Units that own `columns` `[units, k]` of module `reader` and `rows` `[units, k]` of each writing module of a block,
+    biases included. `names` as from `module_names`."""
     slots = []
-    for module, rows in coupling.rows.items():
-        slots.append(Slot(names[module], int(_is_conv1d(skeleton, index, module)), rows))
-        slots += [Slot(name, 0, rows) for name in skeleton.by_parameter.get(_bias(skeleton, index, module), [])]
-    reader = names[coupling.reader]
-    slots.append(Slot(reader, int(not _is_conv1d(skeleton, index, coupling.reader)), columns))
-    return Units(reader.removesuffix(".weight"), index, coupling.count, slots, [reader])
+    for module, places in rows.items():
+        slots.append(Slot(names[module], int(is_conv1d(skeleton, index, module)), places))
+        slots += [Slot(name, 0, places) for name in skeleton.by_parameter.get(_bias(skeleton, index, module), [])]
+    name = names[reader]
+    slots.append(Slot(name, int(not is_conv1d(skeleton, index, reader)), columns))
+    return Units(name.removesuffix(".weight"), index, len(columns), slots, [name])
 
 
 def _bias(skeleton: Skeleton, index: int, module: str) -> str:
     return f"{skeleton.block_name(index)}.{module}.bias"
 
 
-def _is_conv1d(skeleton: Skeleton, index: int, module: str) -> bool:
+def is_conv1d(skeleton: Skeleton, index: int, module: str) -> bool:
     return f".{EXPERTS}." not in module and not isinstance(skeleton.blocks[index].get_submodule(module), nn.Linear)

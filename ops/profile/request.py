@@ -26,6 +26,7 @@ class Request:
     hardware: str = "h100"
     workload: Workload = field(default_factory=Workload)
     measure: bool = False
+    sparse_crossover: bool = False
     sensitivity: bool = False
     collect: list[str] = field(default_factory=list)
     suggest: str | None = None

@@ -18,6 +18,7 @@ from tersor.formats.locate import locate
 from tersor.formats.output import check_output, output_folder
 from tersor.formats.page import Section
 from tersor.formats.report import Report
+from tersor.formats.sparse.view import open_checkpoint
 from tersor.formats.units import count, latency, number, size
 from tersor.ops.profile.compare import compare, quality_of
 from tersor.ops.profile.request import Request
@@ -31,7 +32,7 @@ METHODS = ("rtn", "gptq")
 def profile(request: Request, progress: Progress = lambda stage, done, total: None) -> tuple[Report, list[Section]]:
     """The report and its page; with `request.output` both are written there. Raises TersorError, and leaves no output."""
     hardware = _hardware(request)
-    checkpoints = [Checkpoint(locate(model)) for model in request.models]
+    checkpoints = [open_checkpoint(locate(model)) for model in request.models]
     _check(request, checkpoints)
     first = checkpoints[0]
     report = Report.start(
@@ -115,6 +116,13 @@ def _profile_one(
 
         found["measure"] = measure(checkpoint, request.workload, pick_device(request.device), progress)
         sections += measure_page.sections(found["measure"])
+    if request.sparse_crossover:
+        from tersor.ops.model.device import pick_device
+        from tersor.ops.profile.crossover import page as crossover_page
+        from tersor.ops.profile.crossover.run import sparse_crossover
+
+        found["crossover"] = sparse_crossover(checkpoint, request.workload, pick_device(request.device), progress)
+        sections += crossover_page.sections(found["crossover"])
     if request.sensitivity or request.collect or request.suggest:
         found["sensitivity"] = _sensitivity(checkpoint, request, hardware, folder, progress)
         from tersor.ops.profile.sensitivity import page as sensitivity_page

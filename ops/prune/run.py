@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Callable
 from math import prod
 
-from tersor.formats import encodings, low_rank
+from tersor.formats import activation_thresholds, encodings, low_rank
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.locate import locate
 from tersor.formats.output import check_output
 from tersor.formats.report import Report, TensorEntry
+from tersor.formats.sparse import view as sparse
+from tersor.formats.sparse.view import open_checkpoint
 from tersor.formats.statistics import Statistics
 from tersor.formats.writer import CheckpointWriter, writing
 from tersor.ops.model.patterns import parse_pattern
@@ -19,6 +21,7 @@ from tersor.ops.model.step import begin, publish, settings
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.request import ALLOCATIONS, TARGETS, Request
 
+KEEP_INPUTS = ("weights", "ranks", "vocab")  # targets that leave names and inputs of the layers as they are
 Progress = Callable[[str, int, int], None]
 
 
@@ -46,13 +49,16 @@ def plan(request: Request) -> tuple[Checkpoint, Plan]:
         raise TersorError(f"--allocate {request.allocate!r} is not known", f"one of {' '.join(ALLOCATIONS)}")
     if request.stats is not None:
         _check_stats(request)
-    checkpoint = Checkpoint(locate(request.model))
+    checkpoint = open_checkpoint(locate(request.model))
+    sparse.refuse(checkpoint, "and what is pruned would have to be packed again")
     if encodings.detect(checkpoint.config, checkpoint.tensors) is not None:
         raise TersorError(
             f"{checkpoint.path}: is quantized, and codes cannot be pruned",
             "make it dense first: tersor convert MODEL --to dense -o DENSE",
         )
     low_rank.refuse(checkpoint, "their weights cannot be pruned")
+    if request.remove not in KEEP_INPUTS:
+        activation_thresholds.refuse(checkpoint, f"--remove {request.remove} changes which inputs its layers have")
     return checkpoint, importlib.import_module(f"tersor.ops.prune.{package}.plan").plan(checkpoint, request)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tersor.formats import activation_thresholds
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.locate import locate
 from tersor.formats.output import check_output
 from tersor.formats.report import Report, TensorEntry
+from tersor.formats.sparse.view import open_checkpoint
 from tersor.formats.writer import CheckpointWriter, writing
 from tersor.ops.model.schemes import scheme_from_name
 from tersor.ops.model.selection import load_policy
@@ -65,7 +67,7 @@ def plan(request: Request) -> tuple[Checkpoint, Plan]:
     if request.format not in ("auto", "compressed-tensors", "gptq"):
         raise TersorError(f"unknown format {request.format!r}", "one of auto compressed-tensors gptq")
     scheme = scheme_from_name(request.scheme, request.group_size, request.symmetric)
-    checkpoint = Checkpoint(locate(request.model))
+    checkpoint = open_checkpoint(locate(request.model))
     result = build_plan(
         checkpoint,
         scheme,
@@ -75,6 +77,8 @@ def plan(request: Request) -> tuple[Checkpoint, Plan]:
         load_policy(request.policy),
         request.strict,
     )
+    if request.method == "awq":
+        activation_thresholds.refuse(checkpoint, "--method awq scales the inputs of its layers")
     if request.method != "rtn" and request.stats is None:
         checkpoint.require_config(f"which --method {request.method} needs to run the model")
     return checkpoint, result

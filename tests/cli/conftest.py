@@ -23,6 +23,7 @@ def each_command(model: Path, quantized: Path, text: Path, out: Path) -> dict[st
         "profile": ["profile", quantized, "-o", out],
         "prune": ["prune", model, "-o", out, "--method", "magnitude"],
         "quantize": ["quantize", model, "-o", out, "--group-size", 32],
+        "sparsify": ["sparsify", model, "-o", out, "--pattern", "2:4"],
         "verify": ["verify", quantized],
     }
 

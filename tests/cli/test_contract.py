@@ -52,7 +52,7 @@ def test_json(command, lines):
         assert (found["schema"], found["command"]) == ("tersor.report/1", command)
 
 
-@pytest.mark.parametrize("command", ["convert", "profile", "prune", "quantize"])
+@pytest.mark.parametrize("command", ["convert", "profile", "prune", "quantize", "sparsify"])
 def test_json_is_the_report_on_disk(command, lines, tmp_path):
     found = json.loads(run(*lines[command], "--json", "-q").stdout)
     assert found == json.loads((tmp_path / "out" / "report.json").read_text())
@@ -265,7 +265,7 @@ def test_ctrl_c(command, lines):
     assert process.returncode == 130
     assert stdout == ""
     assert stderr.startswith("interrupted")
-    assert ("--resume" in stderr) == (command in ("convert", "prune", "quantize"))
+    assert ("--resume" in stderr) == (command in ("convert", "prune", "quantize", "sparsify"))
     assert "Traceback" not in stderr
 
 

@@ -192,7 +192,7 @@ def test_host_is_measured_once(quick, monkeypatch):
     assert (first.compute_efficiency, first.memory_efficiency) == (1.0, 1.0)
     assert {"fp32", "bf16"} <= first.peak_flops.keys()
     assert host.host(CPU) == (first, False)
-    monkeypatch.setattr(host, "_label", lambda device: "another machine")
+    monkeypatch.setattr(host, "device_label", lambda device: "another machine")
     assert host.host(CPU)[1]
     host_path().write_text("damaged")
     assert host.host(CPU)[1]

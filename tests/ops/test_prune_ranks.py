@@ -20,7 +20,8 @@ from tersor.ops.convert.run import Request as ConvertRequest
 from tersor.ops.convert.run import convert
 from tersor.ops.evaluate.run import Request as EvaluateRequest
 from tersor.ops.evaluate.run import evaluate
-from tersor.ops.model.low_rank import KroneckerLinear, LowRankLinear, load_low_rank
+from tersor.ops.model import load
+from tersor.ops.model.linears import KroneckerLinear, LowRankLinear
 from tersor.ops.prune import run as frame
 from tersor.ops.prune.request import Request
 from tersor.ops.quantize.run import Request as QuantizeRequest
@@ -87,7 +88,7 @@ def test_every_family(name, family, text, tmp_path):
     assert totals["bytes_after"] == made.nbytes < source.nbytes
     assert 0.3 <= report.quality["parameters_removed_share"] < 0.4
     convert(ConvertRequest(str(out), dense, "dense"))
-    loaded = load_low_rank(out)
+    loaded = load(out, "cpu")
     kinds = {type(module) for module in loaded.modules()} & {LowRankLinear, KroneckerLinear}
     assert kinds == {KroneckerLinear if method == "kronecker" else LowRankLinear}
     wanted = output(type(loaded).from_pretrained(dense, dtype=torch.float32).eval())
@@ -102,10 +103,10 @@ def test_stored_in_the_dtype_of_the_weight(dtype, family, text, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
     assert verify(str(tmp_path / "out"), against=str(model)).problems == []
     convert(ConvertRequest(str(tmp_path / "out"), tmp_path / "dense", "dense"))
-    loaded = load_low_rank(tmp_path / "out")
+    loaded = load(tmp_path / "out", "cpu", getattr(torch, dtype))
     assert next(loaded.parameters()).dtype == getattr(torch, dtype)
     wanted = output(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32))
-    error = torch.linalg.vector_norm(output(load_low_rank(tmp_path / "out", torch.float32)) - wanted)
+    error = torch.linalg.vector_norm(output(load(tmp_path / "out", "cpu")) - wanted)
     assert error < 0.02 * torch.linalg.vector_norm(wanted)  # the products are rounded once
 
 
@@ -281,7 +282,7 @@ def test_heads_outside_the_blocks(family, text, tmp_path):
     head = next(entry for entry in report.tensors if entry.name == "lm_head.weight")
     assert head.action == "factorise"
     assert "outside the blocks, plain SVD" in head.reason
-    loaded = load_low_rank(tmp_path / "out", torch.float32)
+    loaded = load(tmp_path / "out", "cpu")
     assert isinstance(loaded.lm_head, LowRankLinear)
     assert bool(torch.isfinite(output(loaded)).all())
 
@@ -328,7 +329,7 @@ def test_load_refuses_what_does_not_fit(family, text, tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(TersorError, match=r"layers.1.mlp.up_proj.weight' is missing"):
-        load_low_rank(out)
+        load(out, "cpu")
 
 
 def test_planning_does_not_import_torch(family):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tersor.formats import low_rank
-from tersor.ops.model.low_rank import KroneckerLinear, LowRankLinear
+from tersor.ops.model.linears import KroneckerLinear, LowRankLinear
 from tersor.ops.model.statistics import InputStatistics
 from tersor.ops.prune.ranks.kronecker import kronecker, rearranged
 from tersor.ops.prune.ranks.plan import budgeted, grid_of

@@ -44,6 +44,8 @@ def command(model, out, method, text) -> list[str]:
     if ":" in method:
         target, method = method.split(":")
         start = ["prune", model, "-o", out, "--remove", target, "--sparsity", 0.25]
+    elif method == "sparsify":
+        return [str(part) for part in ["sparsify", model, "-o", out, "--pattern", "2:4"]]
     else:
         start = ["quantize", model, "-o", out, "--group-size", 32]
     return [str(part) for part in [*start, "--method", method, *calibration]]
@@ -52,7 +54,7 @@ def command(model, out, method, text) -> list[str]:
 PRUNE = ["weights:sparsegpt", "neurons:activation", "layers:cosine"]
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", *PRUNE])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "sparsify", *PRUNE])
 def test_sigkill_then_resume(method, family, text, tmp_path):
     model = family("gemma3")  # seven blocks
     whole, out = tmp_path / "whole", tmp_path / "out"

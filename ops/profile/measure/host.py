@@ -11,7 +11,7 @@ import torch
 from tersor.formats.errors import TersorError
 from tersor.formats.hardware import HOST, Hardware, host_path, load_hardware, save_hardware
 from tersor.ops.model.bare import free_bytes
-from tersor.ops.profile.measure.timer import cache_bytes, device_name, memory_bytes, seconds
+from tersor.ops.model.timer import cache_bytes, device_label, device_name, memory_bytes, seconds
 
 SECONDS_EACH = 0.4  # spent on one figure
 LEAST_BYTES = 256 << 20  # of a buffer that is read
@@ -27,7 +27,7 @@ def host(device: torch.device) -> tuple[Hardware, bool]:
     """
     try:
         known = load_hardware(HOST)
-        if known.notes.get("device") == _label(device):
+        if known.notes.get("device") == device_label(device):
             return known, False
     except TersorError:
         pass  # not there, or of another version: measure
@@ -49,16 +49,11 @@ def measure_host(device: torch.device) -> Hardware:
         memory_efficiency=1.0,
         kernel_floor_seconds=_kernel_floor(device),
         notes={
-            "device": _label(device),
+            "device": device_label(device),
             "copy_gbps": f"{copy:.3g}",
             "source": "measured by tersor profile --measure; memory_gbps is of reading",
         },
     )
-
-
-def _label(device: torch.device) -> str:
-    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{device.type} {device_name(device)}{threads} torch {torch.__version__}"
 
 
 def _best(work: Callable[[], object], device: torch.device) -> float:

@@ -17,9 +17,9 @@ from tersor.ops.model.facts import facts
 from tersor.ops.model.operators import ACTIVATION_BYTES, Linear, Pass, operators
 from tersor.ops.model.skeleton import map_names
 from tersor.ops.model.stored import stored_weights
+from tersor.ops.model.timer import spread, synchronize
 from tersor.ops.profile.headers.roofline import predict
 from tersor.ops.profile.measure.stand import Stand
-from tersor.ops.profile.measure.timer import spread, synchronize
 from torch import nn
 
 ATTENTION = "scores and values"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tersor.formats.page import Facts, Notes, Plot, Section, Table
 from tersor.formats.units import latency, number, percent, size
+from tersor.ops.profile.measure import stored_page
 from tersor.ops.profile.measure.chains import WAYS, best_bytes
 
 SMALL_SHARE = 0.01  # of the time: such operators share a row
@@ -12,7 +13,8 @@ LEAST_SAVING = 0.01  # of what a block keeps: chains that save less are not show
 
 def sections(data: dict) -> list[Section]:
     """`data` is what `run.measure` returns."""
-    return [_speed(data), _operators(data), _memory(data)]
+    stored = [stored_page.section(data)] if data.get("stored") else []
+    return [_speed(data), _operators(data), *stored, _memory(data)]
 
 
 def _operations(flops: float) -> str:

@@ -2,6 +2,7 @@
 
 Weights are made up, in the shapes that the config asks for: time depends on shapes. The model runs as transformers runs
 it, dense, whatever the file stores: in float32 on a CPU, where it is the fastest dtype as a rule, in bfloat16 on a GPU.
+What a stored form that is not dense does to that is measured beside it, on the layers themselves.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from tersor.formats.hardware import Hardware
 from tersor.ops.model.activations import saved_bytes, shared_storages, training_block, training_inputs
 from tersor.ops.model.bare import BareModel, Kind, run_block
 from tersor.ops.model.operators import Pass
+from tersor.ops.model.timer import device_name, spread
 from tersor.ops.profile.measure.chains import find_chains
 from tersor.ops.profile.measure.host import host
 from tersor.ops.profile.measure.operators import roofline, time_operators
 from tersor.ops.profile.measure.runtime import Fits, measure_rounds, prompt_sizes
 from tersor.ops.profile.measure.stand import Stand, choose_blocks
-from tersor.ops.profile.measure.timer import device_name, spread
+from tersor.ops.profile.measure.stored import measure_stored
 from tersor.ops.profile.measure.whole import Check, held_out_pairs, why_not
 from tersor.ops.profile.request import Workload
 
 CHAIN_TOKENS = 32
-STAGES = ("measuring this machine", "timing blocks", "timing operators", "counting what training keeps")
+STAGES = (
+    "measuring this machine", "timing blocks", "timing operators", "timing the stored form", "counting what training keeps",
+)  # fmt: skip
 Progress = Callable[[str, int, int], None]
 
 
@@ -57,6 +61,10 @@ def measure(
         bare.empty(index)
     del bare, stands
     progress(STAGES[3], 0, 1)
+    data["stored"] = measure_stored(
+        checkpoint, workload, device, dtype, lambda done, total: progress(STAGES[3], done, total)
+    )
+    progress(STAGES[4], 0, 1)
     return data | training_memory(checkpoint, workload)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from tersor.formats.errors import TersorError
 from tersor.ops.model.bare import BareModel, Kind, free_bytes, run_block
-from tersor.ops.profile.measure.timer import cache_bytes, seconds
+from tersor.ops.model.timer import cache_bytes, seconds
 
 CACHES = 2  # so many times the last cache is what the weights take
 

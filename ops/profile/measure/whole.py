@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 from tersor.ops.model.bare import BareModel, free_bytes
+from tersor.ops.model.timer import seconds
 from tersor.ops.profile.measure.runtime import Fits
 from tersor.ops.profile.measure.stand import forward_options
-from tersor.ops.profile.measure.timer import seconds
 
 HEADROOM = 1.3  # for activations and the cache
 LONGEST_SECONDS = 30.0  # what takes longer is run once

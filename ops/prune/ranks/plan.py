@@ -14,7 +14,7 @@ from tersor.ops.prune.plan import Action, Plan, keep, share_of
 from tersor.ops.prune.request import Request
 
 HOW_TO_LOAD = (
-    "from_pretrained does not know factors: load the output with tersor.ops.model.low_rank.load_low_rank, "
+    "from_pretrained does not know factors: load the output with tersor.ops.model.load, "
     "or fold them back with tersor convert --to dense"
 )
 

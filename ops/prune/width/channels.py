@@ -10,20 +10,27 @@ times sqrt(d / d') give the very same output.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
-from tersor.ops.model.resize import build_meta, resize, set_keys, shapes_of, top_level
+from tersor.ops.model.resize import build_meta, set_keys, shapes_of, top_level
 from tersor.ops.model.skeleton import Skeleton, is_linear
-from tersor.ops.model.units import Slot, Units, block_signature, probe_pass
+from tersor.ops.model.stream import (
+    HIDDEN,
+    explicit_head_size,
+    hidden_states,
+    resize_stream,
+    stream_slots,
+    token_table,
+)
+from tersor.ops.model.units import Units, block_signature, probe_pass
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.request import Request
 from tersor.ops.prune.width.config import build
 from tersor.ops.prune.width.cut import Details, mask
-from tersor.ops.prune.width.plan import explicit_head_size, kept_units, lay_out
+from tersor.ops.prune.width.plan import kept_units, lay_out
 from torch import nn
 
 WAY_OUT = "keep the shapes and write zeros with --keep-shape, or --remove neurons"
@@ -52,7 +59,7 @@ class Gain:
 
 def plan_channels(checkpoint: Checkpoint, request: Request, skeleton: Skeleton) -> Plan:
     """Raises TersorError for a model whose stream cannot be made narrower."""
-    width = _hidden(skeleton).shape[-1]
+    width = hidden_states(skeleton).shape[-1]
     kept = kept_units(width, request)
     factor = math.sqrt(width / kept)
     offsets: dict[str, float] = {}
@@ -69,16 +76,14 @@ def plan_channels(checkpoint: Checkpoint, request: Request, skeleton: Skeleton) 
         epsilon = next(iter(epsilons))
         keys = [key for key, value in raw.items() if isinstance(value, float) and value == epsilon]
         fixed |= {(key,): epsilon * width / kept for key in keys}
-    table = [name for name, value in skeleton.model.named_parameters() if value is _table(skeleton)]
-    base = set_keys(raw, fixed)
-    found = resize(checkpoint, before, width, kept, lambda axes: bool(axes) and axes.keys() >= set(table), base)
+    found = resize_stream(checkpoint, skeleton, before, width, kept, set_keys(raw, fixed))
     if found is None:
         raise TersorError(
             f"{checkpoint.path}: no number in the config.json of {raw.get('model_type')} gives a hidden width of {kept} "
             f"in place of {width} and leaves everything else as it is",
             "the number of heads may have to divide it: --multiple-of; or --remove neurons",
         )
-    units = Units(HIDDEN, None, width, list(_slots(skeleton, found.axes, width)))
+    units = Units(HIDDEN, None, width, list(stream_slots(skeleton, found.axes, width)))
     details = Details("channels", [units], {width: kept}, skeleton, False, False)
     result = Plan(lay_out(checkpoint, request, details), details=details)
     if request.repair:
@@ -87,27 +92,6 @@ def plan_channels(checkpoint: Checkpoint, request: Request, skeleton: Skeleton) 
         details.gains = {name: Gain(offset, factor) for name, offset in offsets.items()}
         result.config = top_level(raw, fixed) | found.config
     return result
-
-
-HIDDEN = "hidden channels"
-
-
-def _table(skeleton: Skeleton) -> nn.Parameter | None:
-    """The token embeddings `[vocabulary, hidden]`; images have none."""
-    return getattr(skeleton.model.get_input_embeddings(), "weight", None)
-
-
-def _hidden(skeleton: Skeleton) -> torch.Tensor:
-    """What arrives at the first block when a few random tokens or images go in."""
-    return probe_pass(skeleton).hidden.take(0)
-
-
-def _slots(skeleton: Skeleton, axes: dict[str, int], width: int) -> Iterator[Slot]:
-    """Experts are stacked by transformers, so that their axis is one less in the file."""
-    index = torch.arange(width)[:, None]
-    for parameter, axis in axes.items():
-        for name in skeleton.by_parameter.get(parameter, ()):
-            yield Slot(name, axis - (skeleton.sources[name].expert is not None), index)
 
 
 def _norms(skeleton: Skeleton, width: int) -> tuple[dict[str, float], set[float]]:
@@ -171,7 +155,7 @@ def _check_embeddings(skeleton: Skeleton, width: int) -> None:
     hidden = run.hidden.take(0)
     if run.input_name != "input_ids":
         return
-    rows = _table(skeleton)[run.batches[0]].to(hidden.dtype)
+    rows = token_table(skeleton)[run.batches[0]].to(hidden.dtype)
     if rows.shape != hidden.shape or not bool(rows.any()):
         return
     ratio = float((hidden * rows).sum() / rows.square().sum())

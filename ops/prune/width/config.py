@@ -13,7 +13,7 @@ from typing import Any
 
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
-from tersor.ops.model.resize import Key, Shapes, build_meta, set_keys, shapes_of, top_level
+from tersor.ops.model.resize import Key, Shapes, build_meta, quiet, set_keys, shapes_of, top_level
 
 MOST_KEYS = 10
 TOKEN = "token_id"  # a number that is no width
@@ -30,16 +30,11 @@ class Built:
 
 def build(raw: dict, checkpoint: Checkpoint) -> Built:
     """The model of a config.json with this content, on the meta device."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # numbers that do not fit are tried on purpose
     try:
-        model = build_meta(checkpoint, raw)
+        with quiet():  # numbers that do not fit are tried on purpose
+            model = build_meta(checkpoint, raw)
     except TersorError as error:
         return Built({}, {}, error=str(error).partition("(")[2].rstrip(")") or str(error))
-    finally:
-        logging.set_verbosity(verbosity)
     return Built(shapes_of(model), model.config.to_dict())
 
 

@@ -107,6 +107,7 @@ def lay_out(checkpoint: Checkpoint, request: Request, details) -> dict[str, Acti
 
 def _config(checkpoint: Checkpoint, details, plan: Plan) -> dict:
     """The entries of config.json to replace."""
+    from tersor.ops.model.stream import explicit_head_size
     from tersor.ops.prune.width.config import build, candidates, integers, search
 
     wanted = _parameter_shapes(checkpoint, details.skeleton, plan)
@@ -123,13 +124,6 @@ def _config(checkpoint: Checkpoint, details, plan: Plan) -> dict:
     fixed = explicit_head_size(details.skeleton)
     offer = {key: value for key, value in candidates(settings, widths)[0].items() if key not in fixed}
     return search(checkpoint, fixed, [offer], wanted, "the number of heads")
-
-
-def explicit_head_size(skeleton) -> dict[tuple[str, ...], int]:
-    """What the model's attention modules call their head size, to be said in config.json: else it would be hidden / heads."""
-    found = (getattr(module, "head_dim", None) for block in skeleton.blocks for module in block.modules())
-    sizes = {size for size in found if type(size) is int}
-    return {("head_dim",): sizes.pop()} if len(sizes) == 1 else {}
 
 
 def _parameter_shapes(checkpoint: Checkpoint, skeleton, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -63,3 +63,9 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     return "CPU"
+
+
+def device_label(device: torch.device) -> str:
+    """What measured times are true for: kept with them, so that others are measured anew."""
+    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{device.type} {device_name(device)}{threads} torch {torch.__version__}"
