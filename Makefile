@@ -11,9 +11,10 @@ HELDOUT := benchmarks/data/heldout.txt
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-slow lint bench bench-kernels clean
+.PHONY: help demo recipe-recover test test-slow lint bench bench-kernels clean
 help:
 	@echo "make demo       quantize SmolLM2-135M, verify it, measure its perplexity"
+	@echo "make recipe-recover  prune, distill, quantize SmolLM2: perplexity after each step"
 	@echo "make test       the test suite and lint"
 	@echo "make test-slow  tests on a real model, minutes"
 	@echo "make lint       ruff"
@@ -36,6 +37,9 @@ demo: $(SMOLLM2)/config.json
 	  | $(TERSOR) verify - \
 	  | $(TERSOR) evaluate - --text $(HELDOUT) --seq-len 512 --max-windows 40 --compare $(SMOLLM2) --record
 	@echo "report: $(OUT)/demo/report.html"
+
+recipe-recover: $(SMOLLM2)/config.json
+	$(MAKE) -f recipes/recover.mk MODEL=$(SMOLLM2) TEXT=$(HELDOUT) OUT=$(OUT)/recover TERSOR=$(TERSOR)
 
 # Kernels run through Triton's interpreter on a machine without a GPU; it must be switched on before triton is imported,
 # hence a process of their own.

@@ -113,7 +113,7 @@ class Progress:
         self.quiet, self.live = quiet, sys.stderr.isatty()
         self._stage, self._began, self._printed, self._bar, self._task = "", time.monotonic(), 0.0, None, None
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         if self.quiet:
             return
         now = time.monotonic()
@@ -123,12 +123,13 @@ class Progress:
                 self._start_bar(total)
         if self.live:
             memory = _resident_gib()
-            self._bar.update(self._task, completed=done, total=total, memory=f"{memory:.2f} GiB")
+            self._bar.update(self._task, completed=done, total=total, memory=f"{memory:.2f} GiB", note=note)
         elif now - self._printed > SECONDS_BETWEEN_LINES or (done == total and self._printed):
             self._printed = now
             left = (now - self._began) / done * (total - done) if done else 0.0
             eta = f", {left:.0f} s left" if done and done < total else ""
-            sys.stderr.write(f"{stage} {done}/{total}{eta}, {_resident_gib():.2f} GiB\n")
+            said = f", {note}" if note else ""
+            sys.stderr.write(f"{stage} {done}/{total}{eta}{said}, {_resident_gib():.2f} GiB\n")
 
     def _start_bar(self, total: int) -> None:
         from rich.console import Console
@@ -138,10 +139,10 @@ class Progress:
         self.close()
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"), console=Console(stderr=True), transient=True,
+            TextColumn("{task.fields[memory]}"), TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True,
         )  # fmt: skip
         self._bar.start()
-        self._task = self._bar.add_task(self._stage, total=total, memory="")
+        self._task = self._bar.add_task(self._stage, total=total, memory="", note="")
 
     def close(self) -> None:
         if self._bar is not None:

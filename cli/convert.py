@@ -27,9 +27,9 @@ def convert(
       tersor convert small -o dense --to dense
       tersor convert sparse -o before --to dense
 
-    Between encodings nothing is rounded; what would lose something is refused. --to dense makes of a checkpoint that
-    sparsify packed the very one it was, bit for bit: if that was quantized, it is again, and --to dense once more makes
-    the codes dense (or at once, with --dtype).
+    Between encodings nothing is rounded; what would lose something is refused. --to dense gives back what
+    sparsify packed, every tensor bit for bit: if those were codes they are again, and --to dense once more makes them
+    weights (or at once, with --dtype).
     """
     with common.reported_errors(debug):
         from tersor.ops.convert.run import Request

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from tersor import __version__
-from tersor.cli import convert, evaluate, profile, prune, quantize, sparsify, verify
+from tersor.cli import convert, distill, evaluate, profile, prune, quantize, sparsify, verify
 
 app = typer.Typer(
     name="tersor",
@@ -42,6 +42,7 @@ def _root(
 app.command("prune", short_help="Zeros, or a smaller model.")(prune.prune)
 app.command("quantize", short_help="Fewer bits per weight.")(quantize.quantize)
 app.command("sparsify", short_help="Zeros packed away, without loss.")(sparsify.sparsify)
+app.command("distill", short_help="Train a compressed model to do what the original does.")(distill.distill)
 app.command("profile", short_help="Where bytes, time and memory go; what compression would do.")(profile.profile)
 app.command("evaluate", short_help="Perplexity, and how far two models are apart.")(evaluate.evaluate)
 app.command("verify", short_help="Is this checkpoint sound?")(verify.verify)

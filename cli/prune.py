@@ -47,6 +47,13 @@ def prune(
     merge: Annotated[
         bool, typer.Option("--merge", help="ranks: write the product of the factors in the old shape.")
     ] = False,
+    extract: Annotated[
+        str | None,
+        typer.Option(
+            help="Slice a sub-network out of an elastic checkpoint: a name in its elastic.json, shares, or a JSON file.",
+            metavar="CONFIG",
+        ),
+    ] = None,
     include: common.Include = None,
     exclude: common.Exclude = None,
     policy: common.Policy = None,
@@ -69,23 +76,25 @@ def prune(
 ) -> None:
     """Remove what the model does not need: single weights, or whole parts of it.
 
-    \b
-    Half of the weights become zero, the others make up for them:
-      tersor prune MODEL -o sparse --method sparsegpt --sparsity 0.5
-    A quarter of the feed-forward neurons is cut out; the result is a smaller model that loads as before:
-      tersor prune MODEL -o small --remove neurons --sparsity 0.25
-    Then fewer bits, zeros kept:
-      tersor prune MODEL -o sparse --pattern 2:4 | tersor quantize - -o small --scheme w4a16 --method gptq
+      \b
+      Half of the weights become zero, the others make up for them:
+        tersor prune MODEL -o sparse --method sparsegpt --sparsity 0.5
+      A quarter of the feed-forward neurons is cut out; the result is a smaller model that loads as before:
+        tersor prune MODEL -o small --remove neurons --sparsity 0.25
+      Then fewer bits, zeros kept:
+        tersor prune MODEL -o sparse --pattern 2:4 | tersor quantize - -o small --scheme w4a16 --method gptq
+    A part of what distill --elastic trained, by its share of neurons, heads and blocks, or by name:
+        tersor prune ELASTIC -o small --extract neurons=0.5,heads=0.5,depth=0.75
 
-    \b
-    --remove   methods, the default first
-    weights    sparsegpt wanda magnitude ria random
-    neurons    activation saliency taylor magnitude random (also heads, channels)
-    layers     cosine knapsack even (also attention, mlp)
-    ranks      whitened svd kronecker
-    experts    frequency merge random
-    norms      fold (same function, fewer tensors)
-    vocab      frequency
+      \b
+      --remove   methods, the default first
+      weights    sparsegpt wanda magnitude ria random
+      neurons    activation saliency taylor magnitude random (also heads, channels)
+      layers     cosine knapsack even (also attention, mlp)
+      ranks      whitened svd kronecker
+      experts    frequency merge random
+      norms      fold (same function, fewer tensors)
+      vocab      frequency
     """
     with common.reported_errors(debug):
         from tersor.ops.prune.request import Request
@@ -94,7 +103,7 @@ def prune(
         request = Request(
             common.resolve_input(model), output, remove, method, sparsity, pattern, allocate, rounds, multiple_of, repair,
             keep_shape, merge, include or [], exclude or [], policy, stats, calib, samples, seq_len, seed, damping, device,
-            common.parse_size(max_memory), force, resume,
+            common.parse_size(max_memory), force, resume, extract,
         )  # fmt: skip
         if dry_run:
             from tersor.ops.prune.forecast import forecast

@@ -25,7 +25,18 @@ SAVE_AGAIN = "save or download the file again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Files of the input that describe its own weights; a new checkpoint writes its own.
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", *PICKLE_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack")
-OWN_FILES = {"report.json", "report.html", "quantize_config.json", "config.json", "lowrank.json", "sparse.json", "plan.json"}
+OWN_FILES = {
+    "report.json",
+    "report.html",
+    "quantize_config.json",
+    "config.json",
+    "lowrank.json",
+    "sparse.json",
+    "plan.json",
+    "training.jsonl",
+    "log.jsonl",
+    "elastic.json",
+}
 
 
 class Checkpoint:

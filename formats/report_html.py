@@ -55,7 +55,7 @@ def render(content: dict) -> str:
     """The page of a report (`Report.to_dict()`). The same content gives the same page."""
     rows = locate_tensors(content["tensors"])
     sections = (
-        hero(content, rows), svg.warnings(content["warnings"]), history(content), quality(content["quality"]),
+        hero(content, rows), svg.warnings(content["warnings"]), history(content), quality(content["quality"]), training(content["quality"]),
         bytes_by_kind(rows), kept(rows), changed(rows), by_layer(rows), every_tensor(rows), provenance(content),
     )  # fmt: skip
     return svg.page(_headline(content), "".join(sections), svg.SCRIPT)
@@ -169,6 +169,16 @@ def quality(found: dict) -> str:
     pairs = [svg.keyed(key, f"{len(value)} in report.json" if _is_table(value) else value) for key, value in told]
     more = f"<p>{len(pairs) - 40:,} more in report.json.</p>" if len(pairs) > 40 else ""
     return svg.section("Quality", svg.facts(pairs[:40]) + more)
+
+
+def training(found: dict) -> str:
+    """The loss curve of distill."""
+    curve = _get(found, "training", "curve")
+    if not isinstance(curve, list):
+        return ""
+    text = "Mean over the tokens of each step, all terms with their weights."
+    points = [("loss", line["step"], line["loss"]) for line in curve]
+    return svg.section("Training", svg_plots.lines("loss", "Loss", text, points, "number", "step"))
 
 
 def _is_table(value: object) -> bool:

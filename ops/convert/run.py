@@ -108,6 +108,11 @@ def _check_target(view: DenseView, checkpoint: Checkpoint, to: str) -> None:
     entries = [entry for entry in view.tensors.values() if entry.scheme is not None]
     if to == "dense":
         return
+    if not entries and not view.is_factorised:
+        raise TersorError(
+            f"{checkpoint.path}: its weights are packed, but no codes, which {to} holds",
+            "unpack them first (tersor convert MODEL --to dense -o DENSE), then tersor quantize",
+        )
     if view.is_factorised:
         raise TersorError(f"{checkpoint.path}: holds factors, which {to} cannot", "make it dense: --to dense")
     if view.encoding is encodings.encoding(to) and not any(entry.scheme.gptq_v2 for entry in entries):

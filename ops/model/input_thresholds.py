@@ -48,13 +48,16 @@ def applied(
         threshold = thresholds.get(name)
         y = x if threshold is None else nn.functional.hardshrink(x, threshold)
         if counts is not None:
-            found = counts.setdefault(name, InputCounts())
+            found = counts[name]
             found.vectors += x.numel() // x.shape[-1]
             if threshold is not None:
                 found.numbers += x.numel()
                 found.zeros += x.numel() - int(torch.count_nonzero(y))
         return None if threshold is None else y
 
+    if counts is not None:
+        for name in layers:  # an expert that no token is sent to is counted as well, with nothing
+            counts.setdefault(name, InputCounts())
     with hooked(layers, hook):
         yield
 

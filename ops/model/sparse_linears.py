@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from tersor.kernels.bitmap_matmul import BLOCKS, DECODE, bitmap_matmul, block_offsets, expand
-from tersor.kernels.count_tiles import grid_of, in_tiles, is_m_axis
+from tersor.kernels.count_tiles import in_tiles, is_m_axis
 from tersor.kernels.semi_structured import expand as expand_two_of_four
 from tersor.kernels.semi_structured import semi_structured_matmul, to_semi_structured
 from tersor.kernels.tile_matmul import reference_tiles, tile_matmul, tiles_by_row
@@ -112,12 +112,6 @@ class TileLinear(StoredLinear):
         self.register_buffer("index", there.nonzero()[:, 1].int())
         self.register_buffer("start", torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int())
         self.by_row = tiles_by_row(self.index, self.start, len(matrix)) if is_m_axis(tile) else None
-
-    @staticmethod
-    def share(matrix: Tensor, tile: tuple[int, int]) -> float:
-        """Of the tiles, how many are kept."""
-        fibres, tiles = grid_of(tuple(matrix.shape), tile)
-        return int(nonzero(in_tiles(matrix, tile)).any(3).any(2).sum()) / (fibres * tiles)
 
     def _apply(self, function, recurse: bool = True):
         result = super()._apply(function, recurse)

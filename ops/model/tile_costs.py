@@ -58,7 +58,7 @@ class Points:
         if x[0] <= units <= x[-1] or len(x) < 2 or x[ends[0]] == x[ends[1]]:
             return inside
         slope = (y[ends[1]] - y[ends[0]]) / (x[ends[1]] - x[ends[0]])
-        return max(inside + slope * (units - float(np.clip(units, x[0], x[-1]))), 0.0)
+        return max(float(inside + slope * (units - np.clip(units, x[0], x[-1]))), 0.0)
 
 
 @dataclass

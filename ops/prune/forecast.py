@@ -7,7 +7,7 @@ from tersor.ops.model.dry_run import LIBRARY_BYTES, calibrated_peak, table
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.request import Request
 
-WITHOUT_TEXT = ("magnitude", "random", "svd", "even")
+WITHOUT_TEXT = ("magnitude", "random", "svd", "even", "prefix")
 
 
 def forecast(checkpoint: Checkpoint, plan: Plan, request: Request) -> dict:

@@ -27,6 +27,11 @@ class Action:
     stands_for: tuple[int, ...] | None = None
 
     @property
+    def written(self) -> str:
+        """The name under which the one tensor is written that stays of the input's."""
+        return next(iter(self.outputs))
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor_bytes(*entry) for entry in self.outputs.values())
 

@@ -51,3 +51,4 @@ class Request:
     max_memory_bytes: int | None = None
     force: bool = False
     resume: bool = False
+    extract: str | None = None  # a sub-network of an elastic checkpoint: then `remove` has no part in it

@@ -18,6 +18,7 @@ from tersor.formats.statistics import Statistics
 from tersor.formats.writer import CheckpointWriter, writing
 from tersor.ops.model.patterns import parse_pattern
 from tersor.ops.model.step import begin, publish, settings
+from tersor.ops.prune.extract import plan as extract
 from tersor.ops.prune.plan import Plan
 from tersor.ops.prune.request import ALLOCATIONS, TARGETS, Request
 
@@ -27,9 +28,30 @@ Progress = Callable[[str, int, int], None]
 
 def plan(request: Request) -> tuple[Checkpoint, Plan]:
     """What would happen, before any text is read. Raises TersorError for anything that can be seen to fail."""
-    if request.remove not in TARGETS:
+    if request.extract is not None:
+        extract.check(request)
+    elif request.remove not in TARGETS:
         raise TersorError(f"--remove {request.remove!r} is not known", f"one of {' '.join(TARGETS)}")
-    package, methods = TARGETS[request.remove]
+    else:
+        _check_target(request)
+    if request.stats is not None:
+        _check_stats(request)
+    checkpoint = open_checkpoint(locate(request.model))
+    sparse.refuse(checkpoint, "and what is pruned would have to be packed again")
+    if encodings.detect(checkpoint.config, checkpoint.tensors) is not None:
+        raise TersorError(
+            f"{checkpoint.path}: is quantized, and codes cannot be pruned",
+            "make it dense first: tersor convert MODEL --to dense -o DENSE",
+        )
+    low_rank.refuse(checkpoint, "their weights cannot be pruned")
+    if request.remove not in KEEP_INPUTS:
+        activation_thresholds.refuse(checkpoint, f"--remove {request.remove} changes which inputs its layers have")
+    return checkpoint, _module(request, "plan").plan(checkpoint, request)
+
+
+def _check_target(request: Request) -> None:
+    """Raises TersorError for a --remove and options that do not go together; fills in the defaults."""
+    methods = TARGETS[request.remove][1]
     request.method = request.method or methods[0]
     if request.method not in methods:
         raise TersorError(f"--remove {request.remove} has no method {request.method!r}", f"one of {' '.join(methods)}")
@@ -47,19 +69,12 @@ def plan(request: Request) -> tuple[Checkpoint, Plan]:
         raise TersorError(f"--sparsity {request.sparsity} is not in [0, 1)", "0.5 removes half")
     if request.allocate not in ALLOCATIONS:
         raise TersorError(f"--allocate {request.allocate!r} is not known", f"one of {' '.join(ALLOCATIONS)}")
-    if request.stats is not None:
-        _check_stats(request)
-    checkpoint = open_checkpoint(locate(request.model))
-    sparse.refuse(checkpoint, "and what is pruned would have to be packed again")
-    if encodings.detect(checkpoint.config, checkpoint.tensors) is not None:
-        raise TersorError(
-            f"{checkpoint.path}: is quantized, and codes cannot be pruned",
-            "make it dense first: tersor convert MODEL --to dense -o DENSE",
-        )
-    low_rank.refuse(checkpoint, "their weights cannot be pruned")
-    if request.remove not in KEEP_INPUTS:
-        activation_thresholds.refuse(checkpoint, f"--remove {request.remove} changes which inputs its layers have")
-    return checkpoint, importlib.import_module(f"tersor.ops.prune.{package}.plan").plan(checkpoint, request)
+
+
+def _module(request: Request, name: str):
+    """`plan` or `run` of what the request is about."""
+    package = extract.TARGET if request.extract is not None else TARGETS[request.remove][0]
+    return importlib.import_module(f"tersor.ops.prune.{package}.{name}")
 
 
 WITH_STATS = ("sparsegpt", "wanda", "ria")
@@ -95,7 +110,7 @@ def prune(request: Request, progress: Progress = lambda stage, done, total: None
     job = Job(checkpoint, request, device, progress)
     if request.stats is not None:
         key["stats"] = Statistics(request.stats).digest()
-    run = importlib.import_module(f"tersor.ops.prune.{TARGETS[request.remove][0]}.run")
+    run = _module(request, "run")
     steps = run.decide(job, steps)
     with writing(CheckpointWriter(request.output, steps.layout, key, request.resume)) as writer:
         report.quality |= run.execute(job, steps, writer)

@@ -19,7 +19,7 @@ from tersor.ops.model.tile_costs import DENSE, TileCosts
 from tersor.ops.sparsify.importance import Importance
 from tersor.ops.sparsify.request import Request
 from tersor.ops.sparsify.selection import Candidate, break_even, candidates, choose, plan_entry, timed
-from tersor.ops.sparsify.targets import Target, Targets
+from tersor.ops.sparsify.targets import Target, Targets, repacked
 
 if TYPE_CHECKING:
     from tersor.ops.sparsify.permutation.run import Permutations
@@ -73,6 +73,8 @@ class Packer:
                 importance=self.importance,
                 progress=progress,
             )
+            for name in sorted(self.permutations.names & self.checkpoint.packed.keys() - self.targets.keys()):
+                self.targets[name] = repacked(self.checkpoint.packed[name])
 
     def measure(self, progress: Progress) -> None:
         """Time the kernels on this device where a format is to be chosen by time; else take what is known of it."""

@@ -16,6 +16,10 @@ def plan(request: Request) -> tuple[Checkpoint, Targets]:
         raise TersorError(
             f"--activations {request.activations} is not between 0 and 1", "0.5 zeroes half of the inputs"
         )
+    if request.stats is not None and request.pattern is None and request.policy is None:
+        raise TersorError(
+            "--stats weighs what --pattern removes, and there is none", "add --pattern, or leave --stats out"
+        )
     checkpoint = open_checkpoint(locate(request.model))
     if request.activations is not None:
         checkpoint.require_config("which --activations needs to run the model")

@@ -21,7 +21,7 @@ from tersor.ops.model.step import REORDERED, begin, publish, settings
 from tersor.ops.sparsify.pack import Choice, Packer
 from tersor.ops.sparsify.plan import plan
 from tersor.ops.sparsify.request import Request
-from tersor.ops.sparsify.selection import write_plan
+from tersor.ops.sparsify.selection import break_even, write_plan
 from tersor.ops.sparsify.targets import Target, Targets
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sparsify(request: Request, progress: Progress = lambda stage, done, total: N
     for count, target in enumerate(targets.found.values()):
         progress("counting zeros", count, len(targets.found))
         choices[target.stored] = packer.choose(target)
-    packed = _packed(checkpoint, choices, request)
+    packed = _packed(checkpoint, targets.found, choices, request)
     layout: Layout = {}
     for name, info in checkpoint.tensors.items():
         layout |= packed[name].layout if name in packed else {name: (info.dtype, info.shape)}
@@ -54,7 +54,7 @@ def sparsify(request: Request, progress: Progress = lambda stage, done, total: N
         _describe(checkpoint, packed, choices, packer, writer)
         report.tensors = _entries(packer, targets, choices)
         report.quality |= _quality(packer, choices)
-        report.warnings += targets.warnings + packer.warnings + _warnings(packer)
+        report.warnings += targets.warnings + packer.warnings + _warnings(packer, report.quality)
         if request.activations is not None:
             calibrated = _activations(checkpoint.path, request, targets, writer, device, progress)
             report.quality["activation_sparsity"] = calibrated.report()
@@ -67,7 +67,9 @@ def sparsify(request: Request, progress: Progress = lambda stage, done, total: N
     return report
 
 
-def _packed(checkpoint: Checkpoint, choices: dict[str, Choice], request: Request) -> dict[str, Packed]:
+def _packed(
+    checkpoint: Checkpoint, targets: dict[str, Target], choices: dict[str, Choice], request: Request
+) -> dict[str, Packed]:
     """Everything that the output holds packed: what was chosen, and what came packed and was left alone.
 
     Raises TersorError when that is nothing.
@@ -75,10 +77,17 @@ def _packed(checkpoint: Checkpoint, choices: dict[str, Choice], request: Request
     found = {name: entry for name, entry in checkpoint.packed.items() if name not in choices}
     found |= {name: choice.packed for name, choice in choices.items() if choice.packed is not None}
     if not found and request.activations is None:
-        name, choice = max(choices.items(), key=lambda item: item[1].numbers["sparsity"])
+        target = max(targets.values(), key=lambda target: choices[target.stored].numbers["sparsity"])
+        if target.format.goal == "time" and choices[target.stored].entry.get("predicted"):
+            raise TersorError(
+                f"{checkpoint.path}: the dense kernel is the fastest for every layer here, for {request.tokens} tokens at once",
+                "save bytes instead with --format auto, or see tersor profile MODEL --sparse-crossover",
+            )
+        most, bits = choices[target.stored].numbers["sparsity"], target.template.bits
+        needed = break_even(bits, target.template.columns, "sparse-bitmask")
         raise TersorError(
-            f"{checkpoint.path}: no layer has enough zeros to pack: the most are {choice.numbers['sparsity']:.1%}, of {name!r}",
-            "make zeros first: tersor prune MODEL -o A --remove weights, or --pattern; 16-bit weights pay from 6.3 % on",
+            f"{checkpoint.path}: no layer has enough zeros to pack: the most are {most:.1%}, of {target.stored!r}",
+            f"make zeros first: tersor prune MODEL -o A --remove weights, or --pattern; its {bits}-bit weights pay from {needed:.1%} on",
         )
     return found
 
@@ -107,7 +116,10 @@ def _write(packer: Packer, packed: dict[str, Packed], writer: CheckpointWriter, 
 def _write_target(packer: Packer, target: Target, packed: Packed | None, writer: CheckpointWriter) -> None:
     elements, _ = packer.elements(target)
     if packed is None:
-        writer.write(target.stored, packer.stored(target, elements))
+        if target.template.in_words:  # elements have no place for bits that belong to no code
+            copy_tensor(packer.checkpoint, target.stored, writer)
+        else:
+            writer.write(target.stored, packer.stored(target, elements))
         return
     parts = packed.codec.encode(packed, elements)
     if not torch.equal(packed.codec.decode(packed, parts.__getitem__), elements):
@@ -153,7 +165,8 @@ def _entries(packer: Packer, targets: Targets, choices: dict[str, Choice]) -> li
         choice = choices[target.stored]
         own = target.template.stored_nbytes if choice.packed is None else choice.packed.nbytes
         after = target.others_nbytes + own
-        action = "pack" if choice.packed else "keep" if target.pattern is None else "mask"
+        unmasked = "reorder" if name in reordered else "keep"
+        action = "pack" if choice.packed else unmasked if target.pattern is None else "mask"
         result.append(
             TensorEntry(
                 name, action, choice.reason + (f", {REORDERED}" if name in reordered else ""), before, before | {"bytes": after}, choice.numbers.get("error"),
@@ -194,11 +207,17 @@ def _quality(packer: Packer, choices: dict[str, Choice]) -> dict:
     return found
 
 
-def _warnings(packer: Packer) -> list[str]:
+def _warnings(packer: Packer, quality: dict) -> list[str]:
     found = []
     if packer.negative_zeros:
         found.append(
             f"{packer.negative_zeros} weights are -0.0, which is kept as a value of its own; --positive-zeros makes them zero"
+        )
+    predicted = quality.get("predicted_matmuls")
+    if predicted is not None and predicted["gain"] < 1:
+        found.append(
+            f"smaller, but slower: on {predicted['device']} the packed layers take {1 / predicted['gain']:.2g} times as long as dense "
+            f"ones with {predicted['tokens']} tokens at once; --format fastest keeps dense what is faster so"
         )
     return found
 
@@ -219,7 +238,7 @@ def _activations(
         windows,
         device,
         request.max_memory_bytes,
-        list(targets.found),
+        [name for name in targets.found if name not in targets.kept],
         progress,
     )
     writer.add_json(THRESHOLDS, found.description())

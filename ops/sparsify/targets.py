@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.formats import low_rank
 from tersor.formats.checkpoint import Checkpoint
@@ -152,6 +152,12 @@ def _template(checkpoint: Checkpoint, view: DenseView, linear: Linear, entry: De
         zero = 1 << (scheme.bits - 1)
     bits = scheme.bits if in_words else 8
     return Packed(name, "", info.dtype, info.shape, out, columns, bits, 0, name.endswith(".qweight"), zero)
+
+
+def repacked(packed: Packed) -> Target:
+    """A dense weight that came packed and was left out, for when its channels move all the same: its zeros, packed anew."""
+    linear = Linear(packed.name, packed.module, (packed.rows, packed.columns), packed.dtype, packed.transposed)
+    return Target(linear, replace(packed, format="", count=0, tile=None), 0, None, 0.0, Format(None, goal="size"))
 
 
 def _settings(settings: dict, name: str) -> dict:

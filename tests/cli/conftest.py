@@ -19,6 +19,22 @@ def each_command(model: Path, quantized: Path, text: Path, out: Path) -> dict[st
     """A short line for every command, each of which succeeds."""
     return {
         "convert": ["convert", quantized, "-o", out, "--to", "gptq"],
+        "distill": [
+            "distill",
+            model,
+            "--teacher",
+            model,
+            "-o",
+            out,
+            "--data",
+            text,
+            "--steps",
+            2,
+            "--batch",
+            2,
+            "--seq-len",
+            32,
+        ],
         "evaluate": ["evaluate", quantized, "--text", text, "--seq-len", 32, "--max-windows", 2],
         "profile": ["profile", quantized, "-o", out],
         "prune": ["prune", model, "-o", out, "--method", "magnitude"],

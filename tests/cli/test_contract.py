@@ -52,7 +52,7 @@ def test_json(command, lines):
         assert (found["schema"], found["command"]) == ("tersor.report/1", command)
 
 
-@pytest.mark.parametrize("command", ["convert", "profile", "prune", "quantize", "sparsify"])
+@pytest.mark.parametrize("command", ["convert", "distill", "profile", "prune", "quantize", "sparsify"])
 def test_json_is_the_report_on_disk(command, lines, tmp_path):
     found = json.loads(run(*lines[command], "--json", "-q").stdout)
     assert found == json.loads((tmp_path / "out" / "report.json").read_text())
@@ -265,7 +265,7 @@ def test_ctrl_c(command, lines):
     assert process.returncode == 130
     assert stdout == ""
     assert stderr.startswith("interrupted")
-    assert ("--resume" in stderr) == (command in ("convert", "prune", "quantize", "sparsify"))
+    assert ("--resume" in stderr) == (command in ("convert", "distill", "prune", "quantize", "sparsify"))
     assert "Traceback" not in stderr
 
 
@@ -296,7 +296,7 @@ def test_help_has_examples_that_parse(command):
     for name, *rest in found:
         subcommand = group.commands[name]
         with subcommand.make_context(name, rest) as context:  # raises UsageError for what does not parse
-            assert context.params.get("model") or context.params["models"]
+            assert any(context.params.get(key) for key in ("model", "models", "student"))
 
 
 def test_every_option_says_what_it_is_for():

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
+from tersor.ops.model.block_importance import evenly_spaced
 from tersor.ops.model.calibration import load_windows
-from tersor.ops.prune.depth.importance import evenly_spaced
 from tersor.ops.prune.depth.knapsack import least_loss
 from tersor.ops.prune.request import Request
 from tersor.ops.prune.run import plan, prune

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
+from tersor.ops.model import unit_scores as scores
 from tersor.ops.model.blocks import BlockPass
 from tersor.ops.model.calibration import load_windows
 from tersor.ops.model.coupling import BlockProbe, find
@@ -17,7 +18,7 @@ from tersor.ops.model.gradients import backward
 from tersor.ops.model.skeleton import Skeleton
 from tersor.ops.model.statistics import InputStatistics, output_error
 from tersor.ops.model.units import find_units
-from tersor.ops.prune.width import cut, scores
+from tersor.ops.prune.width import cut
 from tersor.ops.prune.width.channels import rms_offset
 from tersor.ops.prune.width.repair import held_out_damping, refit
 from torch import nn

@@ -155,3 +155,10 @@ def test_calls_take_turns(monkeypatch):
     monkeypatch.setattr(tile_costs, "seconds", lambda work, device: (work(), next(times))[1])
     found = tile_costs.time_calls([lambda: order.append(0), lambda: order.append(1)], CPU)
     assert order == [0, 1] * 4 and found == [3.0, 4.0]  # the first round does not count
+
+
+def test_predictions_are_plain_numbers():
+    """Also beyond what was measured: reports cannot hold numpy's."""
+    points = Points((0.5, 0.9), (10.0, 50.0), (1.0, 5.0))
+    assert [type(points.at(units)) for units in (5.0, 10.0, 30.0, 80.0)] == [float] * 4
+    assert points.at(80.0) == pytest.approx(8.0)

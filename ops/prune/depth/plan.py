@@ -234,7 +234,7 @@ def _check_count(depth: Depth) -> None:
 
 
 def _spaced(depth: Depth) -> list[int]:
-    from tersor.ops.prune.depth.importance import evenly_spaced
+    from tersor.ops.model.block_importance import evenly_spaced
 
     total = len(depth.candidates)
     try:

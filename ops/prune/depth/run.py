@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
+from tersor.ops.model.block_importance import MeanCosine, OutputLoss
 from tersor.ops.model.blocks import BlockPass, HiddenStates
 from tersor.ops.model.branches import observed, silenced
 from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.memory import parking_space
 from tersor.ops.model.spill import SpillPool
-from tersor.ops.prune.depth.importance import MeanCosine, OutputLoss
 from tersor.ops.prune.depth.knapsack import least_loss
 from tersor.ops.prune.depth.plan import Depth
 from tersor.ops.prune.job import Job

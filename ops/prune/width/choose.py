@@ -5,15 +5,15 @@ from __future__ import annotations
 import zlib
 
 import torch
+from tersor.ops.model import unit_scores as scores
 from tersor.ops.model.copy import check_finite
 from tersor.ops.model.gradients import backward, is_causal
 from tersor.ops.model.skeleton import weight_matrix
 from tersor.ops.model.statistics import InputStatistics
+from tersor.ops.model.unit_scores import Moments
 from tersor.ops.model.units import Units
 from tersor.ops.prune.job import Job
-from tersor.ops.prune.width import scores
 from tersor.ops.prune.width.cut import Details
-from tersor.ops.prune.width.scores import Moments
 from torch import nn
 
 

@@ -57,6 +57,12 @@ class Details:
     choice: dict[str, torch.Tensor] = field(default_factory=dict)  # module of the units -> the kept ones
     quality: dict = field(default_factory=dict)
     gains: dict = field(default_factory=dict)  # norm weight -> what 1 is to it: see channels.py
+    blocks: list[int] | None = None  # those that stay, where some go as well
+    silent: set[str] = field(default_factory=set)  # tensors that become all zeros
+
+    def kept_of(self, units: Units) -> int:
+        chosen = self.choice.get(units.module)
+        return self.kept[units.count] if chosen is None else len(chosen)
 
     def slots(self) -> dict[str, list[tuple[Units, Slot]]]:
         """Tensor name -> everything that is cut from it."""

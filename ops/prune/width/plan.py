@@ -46,7 +46,7 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
     )
     result = Plan(lay_out(checkpoint, request, details), warnings=warnings, details=details)
     if not request.keep_shape:
-        result.config = _config(checkpoint, details, result)
+        result.config = changed_config(checkpoint, details, result)
     return result
 
 
@@ -95,9 +95,9 @@ def lay_out(checkpoint: Checkpoint, request: Request, details) -> dict[str, Acti
             continue
         shape = info.shape
         for units, slot in slots[name]:
-            shape = slot.shape(shape, details.kept[units.count])
+            shape = slot.shape(shape, details.kept_of(units))
         units = slots[name][0][0]
-        reason = f"{details.kept[units.count]} of {units.count} {request.remove} stay"
+        reason = f"{details.kept_of(units)} of {units.count} {details.kind} stay"
         if request.keep_shape:
             actions[name] = Action("mask", reason, {name: (info.dtype, info.shape)})
         else:
@@ -105,7 +105,7 @@ def lay_out(checkpoint: Checkpoint, request: Request, details) -> dict[str, Acti
     return actions
 
 
-def _config(checkpoint: Checkpoint, details, plan: Plan) -> dict:
+def changed_config(checkpoint: Checkpoint, details, plan: Plan) -> dict:
     """The entries of config.json to replace."""
     from tersor.ops.model.stream import explicit_head_size
     from tersor.ops.prune.width.config import build, candidates, integers, search

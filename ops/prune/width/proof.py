@@ -36,7 +36,8 @@ def prove(job: Job, plan: Plan, writer: CheckpointWriter, kept: dict[str, torch.
     if channels is not None:
         _compare(_first(before)[..., channels], _first(after), "the embeddings")
     seen = set()
-    for index, block in enumerate(masked.blocks):
+    for new, index in enumerate(details.blocks or range(len(masked.blocks))):
+        block = masked.blocks[index]
         if block_signature(block) in seen:
             continue
         seen.add(block_signature(block))
@@ -44,10 +45,10 @@ def prove(job: Job, plan: Plan, writer: CheckpointWriter, kept: dict[str, torch.
         if channels is not None:
             x = x * torch.zeros(x.shape[-1], device=x.device).index_fill(0, channels, 1)
         with masked.filled(index) as filled:
-            _mask(job, details, writer, kept, index, filled)
+            _mask(job, plan, writer, kept, index, filled)
             expected = _run(before, index, filled, x)
-        with sliced.filled(index) as filled:
-            found = _run(after, index, filled, x if channels is None else x[..., channels])
+        with sliced.filled(new) as filled:
+            found = _run(after, new, filled, x if channels is None else x[..., channels])
         _compare(expected if channels is None else expected[..., channels], found, masked.block_name(index))
 
     if channels is not None and is_causal(masked):
@@ -83,14 +84,15 @@ def _run(run: BlockPass, index: int, block, x: torch.Tensor) -> torch.Tensor:
         return run._call(index, block, 0, x)
 
 
-def _mask(job: Job, details: Details, writer: CheckpointWriter, kept, index: int, block) -> None:
+def _mask(job: Job, plan: Plan, writer: CheckpointWriter, kept, index: int, block) -> None:
     """Turn a filled block of the input into the masked one: zeros for what is gone, refitted weights as written."""
+    details: Details = plan.details
     cuts = details.slots()
     for name, parameter in block_parameters(job.skeleton, index, block).items():
         for units, slot in cuts.get(name, ()):
             stays = kept[units.module]
             if name in units.readers:
-                value = put(writer.read(name), slot, stays, parameter.shape[slot.axis])
+                value = put(writer.read(plan.actions[name].written), slot, stays, parameter.shape[slot.axis])
             else:
                 value = mask(parameter.cpu(), slot, stays)
             parameter.copy_(value.to(parameter.device, parameter.dtype))

@@ -12,6 +12,7 @@ import time
 import torch
 from tersor.formats.header import TORCH_DTYPES
 from tersor.formats.writer import CheckpointWriter
+from tersor.ops.model import unit_scores as scores
 from tersor.ops.model.copy import check_finite, copy_tensor
 from tersor.ops.model.rewrite import set_weight
 from tersor.ops.model.skeleton import weight_matrix
@@ -19,7 +20,6 @@ from tersor.ops.model.statistics import InputStatistics, is_starved, output_erro
 from tersor.ops.model.units import Units
 from tersor.ops.prune.job import Job
 from tersor.ops.prune.plan import Plan
-from tersor.ops.prune.width import scores
 from tersor.ops.prune.width.choose import choose
 from tersor.ops.prune.width.cut import mask, pack, put, take, unpack
 from tersor.ops.prune.width.proof import prove
@@ -39,7 +39,7 @@ def decide(job: Job, plan: Plan) -> Plan:
 
 def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
     """Write every tensor. Returns what the report says of the quality."""
-    run = _Run(job, plan, writer)
+    run = Run(job, plan, writer)
     run.blocks()
     run.remainder()
     job.progress("prove", 0, 1)
@@ -56,7 +56,7 @@ def execute(job: Job, plan: Plan, writer: CheckpointWriter) -> dict:
     }
 
 
-class _Run:
+class Run:
     """What the blocks of one run share."""
 
     def __init__(self, job: Job, plan: Plan, writer: CheckpointWriter):
@@ -164,8 +164,10 @@ class _Run:
         """Write a tensor without the units that go, unless it is written. Returns report numbers of a masked one."""
         if name in self.written:
             return None
-        if name not in self.cuts:
-            copy_tensor(self.checkpoint, name, self.writer)
+        action = self.plan.actions[name]
+        if name not in self.cuts or not action.outputs:
+            if action.outputs:
+                copy_tensor(self.checkpoint, name, self.writer, action.written)
             self.written.add(name)
             return None
         tensor = self.checkpoint.read(name)
@@ -177,7 +179,7 @@ class _Run:
         return self._write(name, tensor)
 
     def _write(self, name: str, tensor: torch.Tensor) -> dict | None:
-        self.writer.write(name, tensor)
+        self.writer.write(self.plan.actions[name].written, tensor)
         self.written.add(name)
         return {"sparsity": float((tensor == 0).float().mean())} if self.request.keep_shape else None
 
@@ -195,7 +197,7 @@ class _Run:
             layers = self.skeleton.linears(index)
             for group in units:
                 for name in group.readers:
-                    weight = self.writer.read(name)
+                    weight = self.writer.read(self.plan.actions[name].written)
                     if not self.request.keep_shape:
                         slot = group.slot(name)
                         weight = put(weight, slot, self.kept[group.module], slot.index.numel())

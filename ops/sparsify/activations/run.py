@@ -87,7 +87,7 @@ def calibrate(
     skeleton = Skeleton(view, device, thresholds={})
     if not skeleton.model.can_generate():
         raise TersorError(
-            f"{view.checkpoint.path}: a {type(skeleton.model).__name__} does not write text token by token, which is where "
+            f"a {type(skeleton.model).__name__} does not write text token by token, which is where "
             "activation sparsity saves reads",
             "leave --activations out",
         )
@@ -105,20 +105,37 @@ def calibrate(
                 run.run(index, block)
             with applied(linears, thresholds):
                 search.run(index, block)
-        for name, threshold in thresholds.items():
-            seen = counts[name]
-            found.tensors[name] = Threshold(threshold, seen.zeros / seen.numbers)
+        for name, share in _shares(thresholds, counts).items():
+            found.tensors[name] = Threshold(thresholds[name], share)
     progress("activation thresholds", len(run), len(run))
     if not found.tensors:
         raise TersorError(
-            f"{view.checkpoint.path}: none of {len(names)} layers is a linear layer of a block",
-            "see --include and --exclude",
+            f"--activations: none of {len(names)} layers is a linear layer of a block that a token reached",
+            "see --include and --exclude, or raise --samples",
         )
     found.skipped |= {name: "outside the repeated blocks" for name in names if name not in counts}
     found.traffic = traffic(skeleton, counts, windows.numel())
     found.warnings += pool.warnings()
     pool.close()
     return found
+
+
+def _shares(thresholds: Collection[str], counts: Mapping[str, InputCounts]) -> dict[str, float]:
+    """Share of the inputs that were zero by layer; of an expert that no token reached that of the others of its role."""
+    roles: dict[str, list[int]] = {}
+    for name in thresholds:
+        seen, both = counts[name], roles.setdefault(_role(name), [0, 0])
+        both[0], both[1] = both[0] + seen.zeros, both[1] + seen.numbers
+    found = {}
+    for name in thresholds:
+        zeros, numbers = (counts[name].zeros, counts[name].numbers) if counts[name].numbers else roles[_role(name)]
+        found[name] = zeros / numbers
+    return found
+
+
+def _role(name: str) -> str:
+    """One name for all experts that share a threshold."""
+    return EXPERT.sub(".experts.*.", name)
 
 
 def _search_windows(windows: torch.Tensor) -> torch.Tensor:
@@ -137,7 +154,7 @@ class _Block:
         view = run.skeleton.view
         for name, layer in layers.items():
             check_finite(layer.weight, view.stored_names(name)[0], view.checkpoint)
-        self.unit_of = {name: EXPERT.sub(".experts.*.", name) for name in layers}
+        self.unit_of = {name: _role(name) for name in layers}
         self.histograms: dict[str, MagnitudeHistogram] = {}
         self.vectors = dict.fromkeys(layers, 0)
 
@@ -146,6 +163,8 @@ class _Block:
         self._count()
         reached = [name for name in self.layers if self.unit_of[name] in self.histograms]
         found.skipped |= {name: "no token reached it" for name in self.layers if name not in reached}
+        if not reached:
+            return {}
         nbytes, sizes = stored_bytes(self.run.skeleton), dict.fromkeys(self.histograms, 0.0)
         for name in reached:  # bytes that a token reads: of experts those it is sent to
             sizes[self.unit_of[name]] += nbytes[name] * self.vectors[name] / self.run.windows.numel()

@@ -15,10 +15,10 @@ import torch
 from tersor.formats.dense import DenseView
 from tersor.formats.errors import TersorError
 from tersor.ops.model.blocks import BlockPass
+from tersor.ops.model.fold import Fold
 from tersor.ops.model.patterns import Pattern
 from tersor.ops.model.skeleton import Skeleton
 from tersor.ops.model.units import Slot, probe_pass
-from tersor.ops.sparsify.permutation.fold import Fold
 from tersor.ops.sparsify.permutation.groups import KINDS, Group, find_groups
 from tersor.ops.sparsify.permutation.search import Face, best_order, face, kept_by
 from torch import nn

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from tersor.kernels.loops import over_rows
+from tersor.ops.model.fold import gather_index
 from tersor.ops.model.patterns import Pattern, removed
 from tersor.ops.sparsify.permutation.swaps import exchange, n_of_m_gains, n_of_m_kept, tile_gains
 
@@ -51,13 +52,6 @@ class Face:
         """Energies of the tiles `[profiles, tiles]` with channel order[c] at the places of channel c."""
         moved = self.values.index_select(1, gather_index(self.index, order, self.values.shape[1]))
         return moved.unflatten(1, (-1, self.width)).sum(2)
-
-
-def gather_index(index: torch.Tensor, order: torch.Tensor, places: int) -> torch.Tensor:
-    """Which place each place takes its values from `[places]` when channel order[c] comes to where channel c is."""
-    source = torch.arange(places)
-    source[index.flatten()] = index[order].flatten()
-    return source
 
 
 def face(importance: torch.Tensor, axis: int, index: torch.Tensor, pattern: Pattern) -> Face | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from tersor.ops.model.units import Units
-from tersor.ops.sparsify.permutation.search import gather_index
 
 
 class Fold:
@@ -36,3 +35,10 @@ class Fold:
         for axis, source in self.moves.get(name, {}).items():
             tensor = tensor.index_select(axis, source.to(tensor.device))
         return tensor
+
+
+def gather_index(index: torch.Tensor, order: torch.Tensor, places: int) -> torch.Tensor:
+    """Which place each place takes its values from `[places]` when channel order[c] comes to where channel c is."""
+    source = torch.arange(places)
+    source[index.flatten()] = index[order].flatten()
+    return source
