@@ -57,6 +57,9 @@ def distill(
         Path | None,
         typer.Option(metavar="FILE", help="config.json of a smaller model, begun from the teacher's weights."),
     ] = None,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Train nested widths and depths at once, for prune --extract.")
+    ] = False,
     teacher_mode: Annotated[
         str, typer.Option(help="auto in-process streamed (a block at a time in memory) cached.")
     ] = "auto",
@@ -111,7 +114,7 @@ def distill(
             raise typer.BadParameter("give a student, or --config for a new one", param_hint="STUDENT")
         request = Request(
             given, output, teacher, config, data, steps, batch, micro_batch, seq_len, loss, temperature, layer_map, optimizer,
-            lr, warmup, schedule, weight_decay, clip_norm, train, quantized, keep_zeros, lisa, lisa_every, False, teacher_mode,
+            lr, warmup, schedule, weight_decay, clip_norm, train, quantized, keep_zeros, lisa, lisa_every, elastic, teacher_mode,
             cache_teacher, top_k, nested, recompute, replay, include or [], exclude or [], seed, save_every, log_dir, device,
             common.parse_size(max_memory), force, resume,
         )  # fmt: skip

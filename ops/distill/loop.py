@@ -61,6 +61,8 @@ class _Loop:
         self.done = latest["step"]
         self.history = History(latest["lines"], latest["seconds"])
         tensors = self.saved.load(self.session.parameters)
+        if self.session.elastic is not None:
+            self.session.elastic.sampler.load_state_dict(latest["elastic"])
         if not self.session.is_forward_only:
             unpack_state(self.session.optimizer, tensors, latest["numbers"][str(self.session.ranks.rank)])
 
@@ -100,6 +102,7 @@ class _Loop:
             "lines": self.history.lines,
             "seconds": self.history.seconds,
             "numbers": {str(rank): found for rank, found in enumerate(everyone)},
+            "elastic": None if self.session.elastic is None else self.session.elastic.sampler.state_dict(),
         }
         self.saved.save(self.done, self.session.parameters, tensors, content)
 
@@ -117,15 +120,10 @@ class _Loop:
         set_learning_rate(session.optimizer, rate)
         if session.lisa is not None:
             session.lisa.before_step(step)
-        tokens, total, terms = session.tokens_per_step, torch.zeros((), dtype=torch.float64), {}
-        for ids in self._micro_batches(step):
-            loss, parts = session.loss(step - 1, ids)
-            # FSDP2 takes the mean of the processes' gradients; each has a part of the sum.
-            (loss * (session.ranks.count / tokens)).backward()
-            total += loss.detach().double().cpu()
-            for name, value in parts.items():
-                terms[name] = terms.get(name, 0) + value.detach().double().cpu()
-        total = float(session.ranks.sum(total)) / tokens
+        if session.elastic is None:
+            total, found = self._pass(step)
+        else:
+            total, found = self._sub_networks(step)
         session.student.before_step()
         norm = _gradient_norm(session)
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -137,8 +135,33 @@ class _Loop:
         session.optimizer.step()
         session.optimizer.zero_grad(set_to_none=True)
         session.student.after_step()
-        found = {name: float(session.ranks.sum(value)) / tokens for name, value in terms.items()}
         return {"step": step, "loss": total, "lr": rate, "gradient_norm": norm, **({} if len(found) < 2 else found)}
+
+    def _pass(self, step: int, share: float = 1.0) -> tuple[float, dict[str, float]]:
+        """Add `share` of the gradients of one pass over the batch. Returns the loss, and each of its terms if several."""
+        session = self.session
+        tokens, total, terms = session.tokens_per_step, torch.zeros((), dtype=torch.float64), {}
+        for ids in self._micro_batches(step):
+            loss, parts = session.loss(step - 1, ids)
+            # FSDP2 takes the mean of the processes' gradients; each has a part of the sum.
+            (loss * (share * session.ranks.count / tokens)).backward()
+            total += loss.detach().double().cpu()
+            for name, value in parts.items():
+                terms[name] = terms.get(name, 0) + value.detach().double().cpu()
+        return float(session.ranks.sum(total)) / tokens, {
+            name: float(session.ranks.sum(value)) / tokens for name, value in terms.items()
+        }
+
+    def _sub_networks(self, step: int) -> tuple[float, dict[str, float]]:
+        """The sandwich of an elastic run: the mean over the sub-networks that are drawn, and the loss of the largest."""
+        elastic = self.session.elastic
+        draws, losses = elastic.sample(), []
+        for draw in draws:
+            with elastic.running(draw.network):
+                losses.append(self._pass(step, 1 / len(draws))[0])
+        elastic.record(losses)
+        by_role = {draw.role: loss for draw, loss in zip(draws, losses, strict=True)}
+        return sum(losses) / len(losses), {role: by_role[role] for role in ("largest", "smallest") if role in by_role}
 
     def _forward_only(self, step: int) -> dict:
         session, rate = self.session, self._rate(step)

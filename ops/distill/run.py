@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tersor.formats import elastic
 from tersor.formats.errors import TersorError
 from tersor.formats.locate import locate
 from tersor.formats.output import check_output
@@ -77,6 +78,8 @@ def _distill(request: Request, device: torch.device, ranks: Ranks, progress: Pro
         saved.forget_nothing()
         raise
     report.quality["training"] = _numbers(session, history)
+    if session.elastic is not None:
+        report.quality["elastic"] = session.elastic.report()
     if session.ranks.count == 1:
         report.quality["memory"] = _memory(session)
     output = Output(session.student)
@@ -88,6 +91,8 @@ def _distill(request: Request, device: torch.device, ranks: Ranks, progress: Pro
     with writing(CheckpointWriter(request.output, output.layout, key)) as writer:
         output.write(writer)
         _files(writer, history, log)
+        if session.elastic is not None:
+            (writer.partial / elastic.FILE).write_text(json.dumps(session.elastic.document()) + "\n", "utf-8")
         report.tensors = output.entries(session.student.view)
         progress("verify", 0, 1)
         publish(writer, checkpoint, report)

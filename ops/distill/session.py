@@ -13,6 +13,7 @@ from tersor.formats.json_file import read_object
 from tersor.formats.locate import locate
 from tersor.formats.sparse.view import open_checkpoint
 from tersor.ops.distill.data import TrainingData
+from tersor.ops.distill.elastic.elastic import Elastic
 from tersor.ops.distill.forward_only.build import LEARNING_RATES as FORWARD_ONLY
 from tersor.ops.distill.forward_only.build import build_forward_only
 from tersor.ops.distill.losses.capture import Capture, attends_causally
@@ -36,6 +37,7 @@ from tersor.ops.model.skeleton import find_blocks
 from torch import Tensor
 
 Progress = Callable[[str, int, int], None]
+SORTING_WINDOWS = 16  # of the training text, by whose activations elastic units are sorted
 TEACHER_KINDS = {"cached": "cached"}
 
 
@@ -45,20 +47,21 @@ class Session:
     def __init__(self, request: Request, device: torch.device, ranks: Ranks):
         """Raises TersorError for whatever does not fit together."""
         self.request, self.device, self.ranks = request, device, ranks
+        self.facts: dict = {}  # for the report
+        self.warnings: list[str] = []
         self.terms = parse_loss(request.loss)
         self.source = _source(request)
         self.view = DenseView(self.source)
         self.data = TrainingData(
             self.source.path, request.data, request.seq_len, request.batch, request.steps, request.seed
         ).part(ranks.rank, ranks.count)
+        self.elastic = self._elastic() if request.elastic else None
         self.student = self._student()
         self.model = self.student.model
         self.data.require_vocabulary(len(self.model.get_input_embeddings().weight), self.source.path)
         prefix = _block_list(self.student.view)[0]  # found without weights: quantized layers are not of the usual kind
         blocks = self.model.get_submodule(prefix)
         self.blocks = dict(enumerate(blocks))
-        self.facts: dict = {}  # for the report
-        self.warnings: list[str] = []
         choice = None if request.teacher is None else self._choose_teacher()
         check_teacher(self.terms, None if choice is None else TEACHER_KINDS.get(choice.mode, "model"))
         on_logits = any(term.needs in ("logits", "text") for term in self.terms)
@@ -67,6 +70,9 @@ class Session:
             self.warnings.append(why)
         self._assemble(choice)
         self.nested = nest(self.model) if request.nested and not self.is_forward_only else 0
+        if self.elastic is not None:
+            self.elastic.bind(self.model)
+            self.warnings += self.elastic.warnings
         if request.recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if not self.is_forward_only:  # which needs every weight in every process, and keeps no gradients
@@ -78,6 +84,29 @@ class Session:
     @property
     def is_forward_only(self) -> bool:
         return self.request.optimizer in FORWARD_ONLY
+
+    def _elastic(self) -> Elastic:
+        """Sorts the units of the student, which is then built from the sorted view."""
+        request = self.request
+        inside = [term.name for term in self.terms if term.needs in ("blocks", "attention")]
+        if request.config is not None or self.is_forward_only or inside:
+            what = (
+                "--config"
+                if request.config
+                else f"--optimizer {request.optimizer}"
+                if self.is_forward_only
+                else inside[0]
+            )
+            raise TersorError(
+                f"--elastic does not go with {what}: sub-networks skip blocks, and are compared by their answers",
+                "train a checkpoint with gradients and losses on logits: --loss kl",
+            )
+        elastic = Elastic(
+            self.view, self.device, self.data.windows[:SORTING_WINDOWS], seed=request.seed, steps=request.steps,
+            seq_len=request.seq_len,
+        )  # fmt: skip
+        self.view = elastic.view
+        return elastic
 
     def _student(self):
         if self.request.config is None:

@@ -292,3 +292,22 @@ def test_another_vocabulary_is_refused(student, family, text, tmp_path):
     result = run("distill", student, "--teacher", teacher, "-o", tmp_path / "out", "--data", text, *SHORT)
     assert result.exit_code == 1
     assert "embeddings" in result.stderr or "vocabular" in result.stderr
+
+
+# --- elastic ----------------------------------------------------------------------------------------------------------
+
+
+def test_elastic_then_extract(family, text, tmp_path):
+    """One training run, many models: each extracts as a smaller checkpoint; an interrupted run ends with the same bytes."""
+    base = ["distill", family("llama"), "--teacher", family("llama"), "--data", text, *SHORT, "--elastic"]
+    out = ok(*base, "-o", tmp_path / "out")
+    assert {"largest", "smallest"} <= lines(out)[0].keys()
+    assert (out / "elastic.json").is_file()
+    assert report(out)["quality"]["elastic"]["networks"]["smallest"]["parameters"] > 0
+    small = ok("prune", out, "-o", tmp_path / "small", "--extract", "smallest")
+    assert open_checkpoint(small).nbytes < open_checkpoint(out).nbytes
+    result = run("evaluate", small, "--text", text, "--seq-len", 32, "--max-windows", 2, "-q")
+    assert result.exit_code == 0, result.output
+    refused = run(*base, "-o", tmp_path / "other", "--loss", "hidden")
+    assert refused.exit_code == 1
+    assert "--elastic" in refused.stderr
