@@ -74,6 +74,7 @@ bench: $(SMOLLM2)/config.json $(PEERS_READY) bench-kernels
 	$(BIN)/python benchmarks/prune_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2)
 	$(BIN)/python benchmarks/prune_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2) --peer-dtype float32
 	$(BIN)/python benchmarks/prune_structured.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/sparsify_size.py --model $(SMOLLM2)
 	$(BIN)/python benchmarks/profile_headers.py
 	$(BIN)/python benchmarks/profile_measured.py --model $(SMOLLM2)
 	$(BIN)/python benchmarks/profile_suggest.py --model $(SMOLLM2) --methods rtn

@@ -67,7 +67,7 @@ def main() -> None:
 def ours(arguments):
     """One step of `tersor distill` with its defaults."""
     import torch
-    from tersor.ops.distill.loop import _Loop
+    from tersor.ops.distill.loop import Loop
     from tersor.ops.distill.ranks import Ranks
     from tersor.ops.distill.request import Request
     from tersor.ops.distill.saved import Saved
@@ -78,8 +78,8 @@ def ours(arguments):
         seq_len=arguments.seq_len, warmup=0, schedule="constant",
     )  # fmt: skip
     session = Session(request, torch.device("cpu"), Ranks())
-    loop = _Loop(session, Saved(Path("unused"), {}, Ranks(), resume=False, force=False), None)
-    return lambda number: loop._step(number + 1)["loss"]
+    loop = Loop(session, Saved(Path("unused"), {}, Ranks(), resume=False, force=False), None)
+    return lambda number: loop.step(number + 1)["loss"]
 
 
 def plain(arguments):

@@ -65,6 +65,12 @@ def parse_size(text: str | None) -> int | None:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
+def require_output(output: Path | None, otherwise: str = "") -> None:
+    """Wrong usage where none is given; `otherwise` says how to do without."""
+    if output is None:
+        raise typer.BadParameter(f"an output folder is needed{otherwise}", param_hint="'-o' / '--output'")
+
+
 def resolve_input(model: str) -> str:
     """`-` is the last non-empty line of stdin."""
     if model != "-":

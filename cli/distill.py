@@ -108,8 +108,7 @@ def distill(
         from tersor.ops.distill.request import Request
 
         given = None if student is None else common.resolve_input(student)
-        if output is None:
-            raise typer.BadParameter("an output folder is needed", param_hint="'-o' / '--output'")
+        common.require_output(output)
         if (given is None) == (config is None):
             raise typer.BadParameter("give a student, or --config for a new one", param_hint="STUDENT")
         request = Request(

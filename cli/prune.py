@@ -110,8 +110,7 @@ def prune(
 
             common.show_forecast(forecast(*plan(request), request), json)
             return
-        if output is None:
-            raise typer.BadParameter("an output folder is needed, or --dry-run", param_hint="'-o' / '--output'")
+        common.require_output(output, ", or --dry-run")
         from tersor.ops.prune.rounds import prune as run
 
         with common.progress(quiet) as progress:

@@ -85,8 +85,7 @@ def quantize(
 
             common.show_forecast(forecast(*plan(request), request), json)
             return
-        if output is None:
-            raise typer.BadParameter("an output folder is needed, or --dry-run", param_hint="'-o' / '--output'")
+        common.require_output(output, ", or --dry-run")
         from tersor.ops.quantize.run import quantize as run
 
         with common.progress(quiet) as progress:

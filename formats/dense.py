@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+CODES = (".weight_packed", ".weight", ".qweight")
+
+
 class DenseTensor(NamedTuple):
     """One dense tensor, and how it is stored: as codes of `scheme`, as `factors`, or as it is."""
 
@@ -33,6 +36,11 @@ class DenseTensor(NamedTuple):
     def is_stored(self) -> bool:
         """Whether the file holds this very tensor."""
         return self.scheme is None and self.factors is None
+
+    @property
+    def storage(self) -> str:
+        """In a word, for reports: int4, float8, or the dtype."""
+        return self.dtype if self.scheme is None else f"{self.scheme.kind}{self.scheme.bits}"
 
 
 class DenseView:
@@ -85,6 +93,10 @@ class DenseView:
         if entry.scheme is None:
             return (name,)
         return tuple(self.encoding.tensor_names(entry.module, self.checkpoint.tensors))
+
+    def codes_name(self, name: str) -> str:
+        """The tensor of the file with the codes of quantized tensor `name`."""
+        return next(part for part in self.stored_names(name) if part.endswith(CODES))
 
     def codes(self, module: str) -> encodings.QuantizedWeight:
         """Codes, scales and zero points of a quantized module, `[out, in]`."""

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.conv1d import is_transposed
+from tersor.formats.described import damaged as damaged_file
+from tersor.formats.described import read_entries
 from tersor.formats.errors import TersorError
 from tersor.formats.header import FLOAT_DTYPES, TORCH_DTYPES, tensor_bytes
-from tersor.formats.json_file import read_object
 from tersor.formats.writer import Layout
 
 if TYPE_CHECKING:
@@ -126,27 +127,13 @@ def detect(checkpoint: Checkpoint) -> dict[str, Factors]:
     Raises TersorError when factors and `lowrank.json` do not fit each other.
     """
     found = [name for name in checkpoint.tensors if name.endswith(ALL_SUFFIXES)]
-    path = checkpoint.path / FILE_NAME
-    if not path.is_file():
-        if found:
-            raise TersorError(
-                f"{checkpoint.path}: tensor {found[0]!r} is a factor, but there is no {FILE_NAME} that says of what",
-                f"give the whole folder, with the {FILE_NAME} that was written with it",
-            )
-        return {}
-    content = read_object(path, "write the checkpoint again")
-    if content.get("schema") != SCHEMA:
-        if not found:
-            return {}  # a file of that name which is none of ours
-        raise _damaged(checkpoint, f"schema is {content.get('schema')!r}, not {SCHEMA!r}")
-    modules = content.get("modules")
-    if not isinstance(modules, dict):
-        raise _damaged(checkpoint, "'modules' is missing or not an object")
+    lacking = "is a factor, but there is no {file} that says of what"
+    modules = read_entries(checkpoint.path / FILE_NAME, SCHEMA, "modules", found, lacking)
     result = {module: _factors(checkpoint, module, entry) for module, entry in modules.items()}
     owned = {name for factors in result.values() for name in factors.names}
     for name in found:
         if name not in owned:
-            raise _damaged(checkpoint, f"it does not list the module of tensor {name!r}")
+            raise damaged_file(checkpoint.path / FILE_NAME, f"it does not list the module of tensor {name!r}")
     return result
 
 
@@ -160,17 +147,11 @@ def refuse(checkpoint: Checkpoint, why: str) -> None:
         )
 
 
-def _damaged(checkpoint: Checkpoint, what: str) -> TersorError:
-    return TersorError(
-        f"{checkpoint.path / FILE_NAME}: {what}", "it does not belong to these weights: write them again"
-    )
-
-
 def _factors(checkpoint: Checkpoint, module: str, entry: object) -> Factors:
     """One entry, checked against the tensors it speaks of."""
 
     def damaged(what: str) -> TersorError:
-        return _damaged(checkpoint, f"module {module!r}: {what}")
+        return damaged_file(checkpoint.path / FILE_NAME, f"module {module!r}: {what}")
 
     if not isinstance(entry, dict) or entry.get("kind") not in tuple(SUFFIXES):
         raise damaged(f"kind is not {' or '.join(SUFFIXES)}")

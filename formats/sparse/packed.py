@@ -25,6 +25,8 @@ from math import prod
 from types import ModuleType
 
 from tersor.formats.checkpoint import Checkpoint
+from tersor.formats.described import damaged as damaged_file
+from tersor.formats.described import read_entries
 from tersor.formats.errors import TersorError
 from tersor.formats.header import DTYPE_BYTES, tensor_bytes
 from tersor.formats.json_file import read_object
@@ -123,30 +125,17 @@ def detect(checkpoint: Checkpoint) -> dict[str, Packed]:
     """
     found = [name for name in checkpoint.tensors if name.endswith(SUFFIXES)]
     path = checkpoint.path / FILE_NAME
-    if not path.is_file():
-        if found:
-            raise TersorError(
-                f"{checkpoint.path}: tensor {found[0]!r} is part of a packed one, but there is no {FILE_NAME} that says how",
-                f"give the whole folder, with the {FILE_NAME} that was written with it",
-            )
-        return {}
-    content = read_object(path, "write the checkpoint again")
-    if content.get("schema") != SCHEMA:
-        if not found:
-            return {}  # a file of that name which is none of ours
-        raise _damaged(path, f"schema is {content.get('schema')!r}, not {SCHEMA!r}")
-    entries = content.get("tensors")
-    if not isinstance(entries, dict):
-        raise _damaged(path, "'tensors' is missing or not an object")
+    lacking = "is part of a packed one, but there is no {file} that says how"
+    entries = read_entries(path, SCHEMA, "tensors", found, lacking)
     result = {name: _packed(checkpoint, path, name, entry) for name, entry in entries.items()}
     owned: dict[str, str] = {}
     for packed in result.values():
         for part in packed.layout:
             if owned.setdefault(part, packed.name) != packed.name:
-                raise _damaged(path, f"tensor {part!r} would belong to both {owned[part]!r} and {packed.name!r}")
+                raise damaged_file(path, f"tensor {part!r} would belong to both {owned[part]!r} and {packed.name!r}")
     for name in found:
         if name not in owned:
-            raise _damaged(path, f"it does not list what tensor {name!r} belongs to")
+            raise damaged_file(path, f"it does not list what tensor {name!r} belongs to")
     return result
 
 
@@ -154,19 +143,15 @@ def inner_quantization_config(checkpoint: Checkpoint) -> dict | None:
     """The quantization_config of the checkpoint that was packed."""
     inner = read_object(checkpoint.path / FILE_NAME, "write the checkpoint again").get("quantization_config")
     if inner is not None and not isinstance(inner, dict):
-        raise _damaged(checkpoint.path / FILE_NAME, "quantization_config is not an object")
+        raise damaged_file(checkpoint.path / FILE_NAME, "quantization_config is not an object")
     return inner
-
-
-def _damaged(path, what: str) -> TersorError:
-    return TersorError(f"{path}: {what}", "it does not belong to these weights: write them again")
 
 
 def _packed(checkpoint: Checkpoint, path, name: str, entry: object) -> Packed:
     """One entry, checked against the tensors it speaks of."""
 
     def damaged(what: str) -> TersorError:
-        return _damaged(path, f"tensor {name!r}: {what}")
+        return damaged_file(path, f"tensor {name!r}: {what}")
 
     if not isinstance(entry, dict):
         raise damaged("is not an object")

@@ -97,7 +97,7 @@ def _unpacked_entry(view: DenseView, entry: DenseTensor, name: str) -> TensorEnt
     checkpoint, parts = view.checkpoint, view.stored_names(name)
     before = sum(checkpoint.tensors[part].nbytes for part in parts)
     after = sum(tensor_bytes(checkpoint.tensors[part].dtype, checkpoint.tensors[part].shape) for part in parts)
-    kind = f"{entry.scheme.kind}{entry.scheme.bits}" if entry.scheme else entry.dtype
+    kind = entry.storage
     action = "unpack" if any(part in checkpoint.packed for part in parts) else "keep"
     side = {"dtype": kind, "shape": list(entry.shape)}
     return TensorEntry(name, action, None, side | {"bytes": before}, side | {"bytes": after})
@@ -220,7 +220,7 @@ def _entry(view: DenseView, entry: DenseTensor, name: str, layout: Layout) -> Te
     owned = [view.checkpoint.tensors[tensor] for tensor in view.stored_names(name)]
     params = {"params": sum(info.params for info in owned)} if entry.factors else {}
     after = sum(tensor_bytes(*tensor) for tensor in layout.values())
-    kind = f"{entry.scheme.kind}{entry.scheme.bits}" if entry.scheme else entry.dtype
+    kind = entry.storage
     target = layout[name][0] if name in layout else kind
     return TensorEntry(
         name, "keep" if entry.is_stored else "convert", None,

@@ -37,15 +37,20 @@ def run(
     progress: Progress,
     board: Callable[[dict], None] = lambda line: None,
 ) -> History:
-    """All steps, from the last save on; `board` sees the numbers of each. Raises KeyboardInterrupt, state saved, when a signal asked for it; TersorError for
-    a loss that is no number, state saved as it was before that step."""
-    loop = _Loop(session, saved, log)
+    """All steps, from the last save on; `board` sees the numbers of each.
+
+    Raises KeyboardInterrupt, state saved, when a signal asked for it; TersorError for a loss that is no number, state saved
+    as it was before that step.
+    """
+    loop = Loop(session, saved, log)
     with _signals() as stop:
         loop.run(stop, progress, board)
     return loop.history
 
 
-class _Loop:
+class Loop:
+    """The steps of one run and what they left behind: `history`, and `done` of them."""
+
     def __init__(self, session: Session, saved: Saved, log: Path | None):
         self.session, self.saved, self.request = session, saved, session.request
         self.history, self.done, self.save_is_due = History(), 0, False
@@ -71,7 +76,7 @@ class _Loop:
         for step in range(self.done + 1, steps + 1):
             progress("training", step - 1, steps, self._note())
             began = time.perf_counter()
-            line = self._forward_only(step) if self.session.is_forward_only else self._step(step)
+            line = self._forward_only(step) if self.session.is_forward_only else self.step(step)
             self.history.seconds += time.perf_counter() - began
             self.history.lines.append(line)
             board(line)
@@ -114,7 +119,7 @@ class _Loop:
         ids = self.session.data.ids(step - 1)
         return ids.split(self.request.micro_batch or len(ids))
 
-    def _step(self, step: int) -> dict:
+    def step(self, step: int) -> dict:
         """One step with gradients. The loss is the mean over the tokens of the global batch, however that is cut."""
         session, rate = self.session, self._rate(step)
         set_learning_rate(session.optimizer, rate)

@@ -83,7 +83,7 @@ class Output:
                 self.packed[part].nbytes if part in self.packed else self.checkpoint.tensors[part].nbytes
                 for part in parts
             )
-            kind = f"{entry.scheme.kind}{entry.scheme.bits}" if entry.scheme else entry.dtype
+            kind = entry.storage
             side = {"dtype": kind, "shape": list(entry.shape)}
             params = {"params": sum(self.checkpoint.tensors[part].params for part in parts)} if entry.factors else {}
             trained = any(part in changed for part in parts)

@@ -11,9 +11,11 @@ from tersor.formats.writer import COPY_BYTES, CheckpointWriter
 
 def check_finite(values: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
     """Raises TersorError when `values`, of tensor `name`, hold NaN or Inf. Integers always pass."""
-    if values.is_floating_point() and values.dtype.itemsize == 1:
+    if not values.is_floating_point():
+        return
+    if values.dtype.itemsize == 1:
         values = values.float()  # fp8 has no isfinite of its own
-    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+    if not bool(torch.isfinite(values).all()):
         raise TersorError(
             f"{checkpoint.tensors[name].file}: tensor {name!r} holds NaN or Inf",
             "the checkpoint is damaged: get a sound copy",

@@ -155,7 +155,7 @@ def _entries(packer: Packer, targets: Targets, choices: dict[str, Choice]) -> li
     result = []
     for name, entry in view.tensors.items():
         nbytes = sum(checkpoint.tensors[part].nbytes for part in view.stored_names(name))
-        kind = f"{entry.scheme.kind}{entry.scheme.bits}" if entry.scheme else entry.dtype
+        kind = entry.storage
         before = {"dtype": kind, "shape": list(entry.shape), "bytes": nbytes}
         target = targets.found.get(name)
         if target is None:

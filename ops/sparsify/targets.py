@@ -137,11 +137,7 @@ def _template(checkpoint: Checkpoint, view: DenseView, linear: Linear, entry: De
         bits = 8 * DTYPE_BYTES[info.dtype]
         return Packed(linear.name, "", info.dtype, info.shape, out, columns, bits, 0, linear.transposed)
     zero: int | str = 0
-    name = next(
-        part
-        for suffix in (".weight_packed", ".qweight", ".weight")
-        if (part := entry.module + suffix) in checkpoint.tensors
-    )
+    name = view.codes_name(linear.name)
     info = checkpoint.tensors[name]
     in_words = info.dtype == "I32"
     if not scheme.symmetric:

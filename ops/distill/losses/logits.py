@@ -112,8 +112,6 @@ class LogitLosses:
             return indices, values, given.log_rest[keep].float()
         return indices, values, (1 - values.exp().sum(-1)).clamp(min=LEAST_REST).log()
 
-    _top_entries = top_entries
-
 
 def _weights(terms: list[Term]) -> dict[str, float]:
     """By the kernel's names; kl and top-k-kl are one where the teacher gives its top entries alone."""

@@ -17,7 +17,6 @@ from tersor.ops.distill.students.places import Place
 from tersor.ops.distill.students.student import Stored
 from torch import Tensor, nn
 
-CODES = (".weight_packed", ".weight", ".qweight")
 SCALES = (".weight_scale", ".scales")
 
 
@@ -38,7 +37,7 @@ def stored_layer(view: DenseView, name: str, path: str, layer: nn.Module) -> dic
         names = entry.factors.names  # `<module>.lr_a`, and so the parameter of the layer
         return {part: stored_as_is(view, part, f"{path}.{part.rpartition('.')[2]}")[part] for part in names}
     if isinstance(layer, FakeQuantizedLinear):
-        return {_one(view, name, CODES): Stored(f"{path}.weight", _codes(view, name, layer))}
+        return {view.codes_name(name): Stored(f"{path}.weight", _codes(view, name, layer))}
     if isinstance(layer, ScaledLinear):
         return {_one(view, name, SCALES): Stored(f"{path}.gain", _scales(view, name, layer))}
     return stored_as_is(view, name, f"{path}.weight")
@@ -48,7 +47,7 @@ def _codes(view: DenseView, name: str, layer: QuantizedLinear):
     """Packed by the encoding itself, which is told of no zero points: it may move them and the codes together, for which
     those in the file would have to change."""
     entry, scheme = view.tensors[name], replace(view.tensors[name].scheme, symmetric=True)
-    wanted = _one(view, name, CODES)
+    wanted = view.codes_name(name)
 
     def make(master: Tensor) -> Tensor:
         scale = layer.scale
