@@ -68,7 +68,7 @@ def distill(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Logits of a position in the cache, and of top-k-kl.")] = 64,
     nested: Annotated[
-        bool, typer.Option("--nested/--no-nested", help="Keep fewer activations of gated feed-forward layers.")
+        bool, typer.Option("--nested/--no-nested", help="Keep fewer activations of feed-forward layers.")
     ] = True,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Keep only each block's input, and run blocks again (slower).")

@@ -311,7 +311,9 @@ def provenance(content: dict) -> str:
 
 def command_line(step: dict) -> str:
     """The shell line of a step, from its arguments; what was not set is left out."""
-    words = ["tersor", str(_get(step, "command")), str(_get(step, "input", "path") or "MODEL")]
+    words = ["tersor", str(_get(step, "command"))]
+    if not _get(step, "args", "config"):  # a new model, which begins from no checkpoint of its own
+        words.append(str(_get(step, "input", "path") or "MODEL"))
     words += ["-o", str(output)] if (output := _get(step, "output", "path")) else []
     arguments = _get(step, "args")
     for key, value in arguments.items() if isinstance(arguments, dict) else ():

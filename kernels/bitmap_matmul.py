@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 from tersor.kernels.bitmap_matmul_cpu import expand_rows, multiply_rows
-from tersor.kernels.dispatch import backend, check, dot_dtype, tl, triton
+from tersor.kernels.dispatch import backend, check, dot_dtype, split_k, tl, triton
 from tersor.kernels.fp8_matmul import _decode_e4m3
 from tersor.kernels.packed_values import check_operand, check_values, decode_values, times_scale, unpack_bits
 from torch import Tensor
@@ -242,12 +242,6 @@ def launch_options(tokens: int, block: int, dtype: torch.dtype) -> dict[str, int
     if tokens <= DECODE:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": block, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 32 if tokens <= 32 else 64, "BLOCK_N": 64, "BLOCK_K": block, "num_warps": 4, "num_stages": 2}
-
-
-def split_k(tiles: int, blocks: int, device: torch.device) -> int:
-    """Number of slices of K that fills the GPU with `tiles` output tiles, each slice at least 4 blocks long."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(4 * processors // tiles, blocks // 4))
 
 
 def _block(offsets: Tensor, columns: int) -> int:

@@ -43,6 +43,29 @@ def reference_count_tiles(x, tile):
 
 
 @triton.jit
+def tile_places(
+    fibre,
+    t,
+    COLUMN_FIBRES: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of tiles `t` `[T]` of a fibre: row and column inside a tile, `[1, BLOCK_R, 1]` and `[1, 1, BLOCK_C]`, and in the
+    matrix."""
+    r = tl.arange(0, BLOCK_R)[None, :, None]
+    c = tl.arange(0, BLOCK_C)[None, None, :]
+    if COLUMN_FIBRES:
+        row = t[:, None, None].to(tl.int64) * R + r
+        column = fibre * C + c
+    else:
+        row = fibre * R + r
+        column = t[:, None, None] * C + c
+    return r, c, row, column
+
+
+@triton.jit
 def _find_tiles_kernel(
     bits_ptr,
     count_ptr,
@@ -65,14 +88,7 @@ def _find_tiles_kernel(
     order in which they finish."""
     fibre = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.arange(0, BLOCK_R)[None, :, None]
-    c = tl.arange(0, BLOCK_C)[None, None, :]
-    if COLUMN_FIBRES:
-        row = t[:, None, None].to(tl.int64) * R + r
-        column = fibre * C + c
-    else:
-        row = fibre * R + r
-        column = t[:, None, None] * C + c
+    r, c, row, column = tile_places(fibre, t, COLUMN_FIBRES, R, C, BLOCK_R, BLOCK_C)
     mask = (r < R) & (c < C) & (row < rows) & (column < columns)
     bits = tl.load(bits_ptr + row * row_stride + column, mask=mask, other=0)
     covered = ((bits & MASK) != 0).to(tl.int32)

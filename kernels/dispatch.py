@@ -70,6 +70,12 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def split_k(tiles: int, blocks: int, device: torch.device, per_processor: int = 4) -> int:
+    """Slices of K that give each processor of a GPU so many of `tiles` output tiles; a slice has 4 `blocks` at least."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return max(1, min(per_processor * processors // tiles, blocks // 4))
+
+
 def integer_range(bits: int) -> tuple[int, int]:
     """Smallest and largest signed code of `bits` bits (1 to 8)."""
     check(1 <= bits <= 8, f"bits must be 1 to 8, not {bits}")

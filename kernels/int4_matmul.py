@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from tersor.kernels.dequantize import dequantize_packed, reference_dequantize, reference_unpack
-from tersor.kernels.dispatch import backend, check, dot_dtype, tl, triton
+from tersor.kernels.dispatch import backend, check, dot_dtype, split_k, tl, triton
 from torch import Tensor
 
 DECODE = 16  # up to this many tokens the weights' bytes are the cost: split K until the GPU is full
@@ -85,12 +85,6 @@ def launch_options(tokens: int, groups: int, group_size: int, dtype: torch.dtype
     return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
 
 
-def _splits(tiles, blocks, device):
-    """Number of slices of K that fills the GPU with `tiles` output tiles, each slice at least 4 blocks long."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(2 * processors // tiles, blocks // 4))
-
-
 def int4_matmul(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """`[M, N]` in the dtype of `x` `[M, K]` (bfloat16, float16, float32), accumulated in float32.
 
@@ -121,7 +115,7 @@ def int4_matmul(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | N
     options = launch_options(tokens, groups, size, x.dtype)
     grid = (triton.cdiv(tokens, options["BLOCK_M"]), triton.cdiv(rows, options["BLOCK_N"]))
     blocks = triton.cdiv(columns, options["BLOCK_K"])
-    splits = _splits(grid[0] * grid[1], blocks, x.device) if tokens <= DECODE else 1
+    splits = split_k(grid[0] * grid[1], blocks, x.device, 2) if tokens <= DECODE else 1
     per_split = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, per_split)
     out = torch.empty(splits, tokens, rows, dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)

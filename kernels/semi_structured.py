@@ -12,9 +12,9 @@ import warnings
 from functools import cache
 
 import torch
-from tersor.kernels.bitmap_matmul import DECODE, split_k
+from tersor.kernels.bitmap_matmul import DECODE
 from tersor.kernels.bitmap_matmul_cpu import expand_rows, multiply_rows
-from tersor.kernels.dispatch import backend, check, dot_dtype, tl, triton
+from tersor.kernels.dispatch import backend, check, dot_dtype, split_k, tl, triton
 from tersor.kernels.fp8_matmul import _decode_e4m3
 from tersor.kernels.packed_values import check_operand, check_values, decode_values, times_scale, unpack_bits
 from torch import Tensor

@@ -17,6 +17,7 @@ from tersor.kernels.count_tiles import (
     in_tiles,
     is_m_axis,
     launch_options,
+    tile_places,
 )
 from tersor.kernels.dispatch import backend, tl, triton
 from torch import Tensor
@@ -70,14 +71,7 @@ def _compact_kernel(
     t = tl.load(list_ptr + fibre * tiles + entry, mask=listed, other=0)
     tl.store(index_ptr + start + entry, t, mask=listed)
     if VALUES:
-        r = tl.arange(0, BLOCK_R)[None, :, None]
-        c = tl.arange(0, BLOCK_C)[None, None, :]
-        if COLUMN_FIBRES:
-            row = t[:, None, None].to(tl.int64) * R + r
-            column = fibre * C + c
-        else:
-            row = fibre * R + r
-            column = t[:, None, None] * C + c
+        r, c, row, column = tile_places(fibre, t, COLUMN_FIBRES, R, C, BLOCK_R, BLOCK_C)
         stored = listed[:, None, None] & (r < R) & (c < C)
         mask = stored & (row < rows) & (column < columns)
         value = tl.load(x_ptr + row * row_stride + column, mask=mask, other=0)

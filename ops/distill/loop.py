@@ -204,7 +204,7 @@ def _gradient_norm(session: Session) -> float:
     squares = torch.zeros((), dtype=torch.float64)
     for parameter in session.parameters.values():
         if parameter.grad is not None:
-            part = local(parameter.grad).float().square().sum().double().cpu()
+            part = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32).double().cpu().square()
             squares += part if hasattr(parameter, "to_local") else part / session.ranks.count
     return math.sqrt(float(session.ranks.sum(squares)))
 

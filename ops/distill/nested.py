@@ -1,27 +1,36 @@
-"""Feed-forward layers that keep less for the backward pass: `down(act(gate(x)) * up(x))` through `gated_linear`.
+"""Feed-forward layers that keep less for the backward pass: `down(act(gate(x)) * up(x))` through `gated_linear`, and
+`down(act(up(x)))` through `activation_linear`.
 
 A layer is found by what it computes: its own forward pass and ours have to agree on a probe. Autograd keeps the block's
-input, gate and up; the activation and the product, which eager torch keeps as well, are made again.
+input, and gate and up or up alone; the activation and the product, which eager torch keeps as well, are made again.
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 
 import torch
-from tersor.kernels.gated_activation import gated_linear
+from tersor.kernels.gated_activation import activation_linear, gated_linear
 from torch import Tensor, nn
 
-NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+PLAIN = (
+    ("fc1", "fc2"),
+    ("up_proj", "down_proj"),
+    ("fc_in", "fc_out"),
+    ("c_fc", "c_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+)
 KINDS = ("silu", "gelu", "gelu_tanh")
 CLOSE = 1e-5
 
 
 def nest(model: nn.Module) -> int:
-    """Replace the forward pass of every gated feed-forward layer of plain linear layers; how many there were."""
+    """Replace the forward pass of every feed-forward layer of plain linear layers; how many there were."""
     found = 0
     for module in list(model.modules()):
-        names = next((names for names in NAMES if all(_is_plain(module, name) for name in names)), None)
+        names = next((names for names in GATED + PLAIN if all(_is_plain(module, name) for name in names)), None)
         kind = names and _kind(module, names)
         if kind:
             module.forward = types.MethodType(_forward(names, kind), module)
@@ -41,24 +50,25 @@ def _is_plain(module: nn.Module, name: str) -> bool:
     return type(getattr(module, name, None)) is nn.Linear
 
 
-def _forward(names: tuple[str, str, str], kind: str):
-    gate, up, down = names
+def _forward(names: tuple[str, ...], kind: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    *inner, last = names
+    chain = gated_linear if len(inner) == 2 else activation_linear
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        last = getattr(self, down)
-        g, u = getattr(self, gate)(x), getattr(self, up)(x)
+        layer = getattr(self, last)
+        weight, bias = layer.weight, layer.bias
+        parts = [getattr(self, name)(x) for name in inner]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            bias = None if last.bias is None else last.bias.to(dtype)
-            return gated_linear(g, u, last.weight.to(dtype), bias, kind)
-        return gated_linear(g, u, last.weight, last.bias, kind)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return chain(*parts, weight, bias, kind)
 
     forward.is_nested = True
     return forward
 
 
 @torch.no_grad()
-def _kind(module: nn.Module, names: tuple[str, str, str]) -> str | None:
+def _kind(module: nn.Module, names: tuple[str, ...]) -> str | None:
     """The activation with which ours is the module's own function; None where none is."""
     weight = getattr(module, names[0]).weight
     if weight.is_meta:
@@ -66,8 +76,9 @@ def _kind(module: nn.Module, names: tuple[str, str, str]) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[1], generator=generator).to(weight)
     try:
-        wanted = module(x)
-    except (RuntimeError, TypeError, ValueError):
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):  # dropout draws; with it ours does not agree
+            wanted = module(x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return None  # reads more than hidden states
     if not isinstance(wanted, Tensor):
         return None

@@ -111,7 +111,7 @@ def _with_cache(request: Request, device: torch.device, ranks: Ranks, progress: 
     if request.teacher is None:
         raise TersorError("--cache-teacher without --teacher", "add the teacher's checkpoint")
     session = Session(request, device, ranks)
-    if not session.objective.needs_teacher_logits:
+    if not session.objective.compared.logits:
         raise TersorError(f"--loss {request.loss} looks at no logits of the teacher", "leave --cache-teacher out")
     common = session.objective.logits.common
     write_cache(

@@ -19,7 +19,7 @@ from tersor.ops.distill.forward_only.build import build_forward_only
 from tersor.ops.distill.losses.capture import Capture, attends_causally
 from tersor.ops.distill.losses.heads import final_states, read_head
 from tersor.ops.distill.losses.layer_map import LayerMap, kept_blocks, layer_map
-from tersor.ops.distill.losses.objective import Objective, States
+from tersor.ops.distill.losses.objective import Objective, States, compared
 from tersor.ops.distill.losses.parse import check_teacher, parse_loss
 from tersor.ops.distill.losses.projections import projections_of_model
 from tersor.ops.distill.losses.vocabulary import align, tokens_of
@@ -74,7 +74,8 @@ class Session:
             self.elastic.bind(self.model)
             self.warnings += self.elastic.warnings
         if request.recompute:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            old = self.model.gradient_checkpointing_enable  # its name in earlier versions of transformers
+            getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         if not self.is_forward_only:  # which needs every weight in every process, and keeps no gradients
             shard(self.model, blocks, ranks, device)
         self.parameters = {f"student.{name}": value for name, value in self.student.trainable().items()}
@@ -139,11 +140,11 @@ class Session:
             kept = kept_blocks(self.source.path, len(self.blocks), original.fingerprint(), count)
             layers = layer_map(request.layer_map, len(self.blocks), count, kept)
             self.facts["layer_map"] = layers.describe()
-        objective = self._objective(layers, None, (0, 0))
+        pairs = compared(self.terms, layers)
         wanted = Wanted(
-            objective.needs_teacher_logits,
-            tuple(teacher for _, teacher in objective.output_pairs),
-            tuple(teacher for _, teacher in objective.attention_pairs),
+            pairs.logits,
+            tuple(teacher for _, teacher in pairs.outputs),
+            tuple(teacher for _, teacher in pairs.attention),
         )
         self.teacher = None
         if choice is not None:
@@ -157,25 +158,18 @@ class Session:
             alignment = align(own if names else None, names, self.head.rows, self.teacher.vocabulary)
             self.facts["vocabulary"] = alignment.describe()
             common = alignment.common
-        widths = (self.model.config.get_text_config().hidden_size, getattr(self.teacher, "hidden_size", 0))
-        self.objective = self._objective(layers, common, widths).to(self.device)
-        student_attention = [student for student, _ in objective.attention_pairs]
-        projections = projections_of_model(self.model, {index: self.blocks[index] for index in student_attention})
-        self.capture = Capture(self.blocks, [student for student, _ in objective.output_pairs], projections)
-
-    def _objective(self, layers: LayerMap | None, common: int | None, widths: tuple[int, int]) -> Objective:
-        request = self.request
-        has_hidden = any(term.name == "hidden" for term in self.terms)
-        return Objective(
+        self.objective = Objective(
             self.terms,
             temperature=request.temperature,
             top_k=request.top_k,
             common=common,
             layers=layers,
-            widths=widths if has_hidden and all(widths) else (1, 1),
-            causal=attends_causally(self.model) if any(term.name == "attention" for term in self.terms) else True,
+            widths=(self.model.config.get_text_config().hidden_size, getattr(self.teacher, "hidden_size", 0)),
+            causal="attention" not in inside or attends_causally(self.model),
             seed=request.seed,
-        )
+        ).to(self.device)
+        projections = projections_of_model(self.model, {index: self.blocks[index] for index, _ in pairs.attention})
+        self.capture = Capture(self.blocks, [student for student, _ in pairs.outputs], projections)
 
     def _optimizer(self, prefix: str):
         request = self.request

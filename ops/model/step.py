@@ -12,7 +12,7 @@ from tersor.formats.sparse.view import open_checkpoint
 from tersor.formats.writer import CheckpointWriter
 
 REORDERED = "channels reordered"  # in the reason of a tensor whose rows or columns have changed places
-NOT_IN_THE_BYTES = {"output", "force", "resume", "max_memory_bytes", "model"}
+NOT_IN_THE_BYTES = {"output", "force", "resume", "max_memory_bytes", "model", "student"}
 
 
 def settings(request) -> dict:

@@ -220,6 +220,8 @@ def test_the_command_line_can_be_run_again():
         command_line({"command": "x", "args": {"group_size": -1, "strict": True, "off": False}})
         == "tersor x MODEL --group-size=-1 --strict"
     )
+    begun = {"command": "distill", "input": {"path": "whole"}, "args": {"config": "small.json", "teacher": "whole"}}
+    assert command_line(begun) == "tersor distill --config small.json --teacher whole"
 
 
 def test_switches_that_are_off_are_spelled_as_the_shell_knows_them():

@@ -79,8 +79,8 @@ def test_triton_agrees_with_the_reference(on_triton, tokens, rows, columns, symm
 @pytest.mark.triton
 def test_triton_splits_k_and_repeats_itself(on_triton, monkeypatch):
     splits = []
-    choose = module._splits
-    monkeypatch.setattr(module, "_splits", lambda *a: splits.append(choose(*a)) or splits[-1])
+    choose = module.split_k
+    monkeypatch.setattr(module, "split_k", lambda *a: splits.append(choose(*a)) or splits[-1])
     arguments = layer(3, 40, (1536, 128), False, torch.float16, 0)
     first = on_triton(int4_matmul, *arguments)
     close(first, reference_int4_matmul(*arguments))

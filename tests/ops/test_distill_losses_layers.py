@@ -311,8 +311,8 @@ def sides(student, teacher, objective, ids=IDS, keep=KEEP):
     captures = []
     for side, model in enumerate((student, teacher)):
         blocks = blocks_of(model)
-        wanted = {pair[side]: blocks[pair[side]] for pair in objective.attention_pairs}
-        outputs = {pair[side] for pair in objective.output_pairs}
+        wanted = {pair[side]: blocks[pair[side]] for pair in objective.compared.attention}
+        outputs = {pair[side] for pair in objective.compared.outputs}
         captures.append(Capture(blocks, outputs, projections_of_model(model, wanted)))
     with captures[0]:
         hidden = final_states(student, heads[0], input_ids=ids)
@@ -332,7 +332,7 @@ def test_objective_with_unequal_students():
     keep = KEEP.clone()
     keep[:, -1] = False
     objective = Objective(parse_loss(TEXT), layers=layer_map(None, 2, 5), widths=(64, 96))
-    assert objective.output_pairs == ((0, 2), (1, 4)) and [len(p) for p in objective.parameters()] == [96]
+    assert objective.compared.outputs == ((0, 2), (1, 4)) and [len(p) for p in objective.parameters()] == [96]
     loss, parts = sides(student, teacher, objective, keep=keep)
     assert list(parts) == ["kl", "reverse-kl", "next", "hidden", "attention"]
     torch.testing.assert_close(
@@ -353,10 +353,10 @@ def test_objective_with_unequal_students():
         for block in find_blocks(model)[1]:
             block.register_forward_hook(lambda _, args, out, side=side: side.append(out))
         model(input_ids=IDS)
-    for s, t in objective.output_pairs:
+    for s, t in objective.compared.outputs:
         x, y = objective.hidden.projection(inside[0][s][keep]), inside[1][t][keep].detach()
         want = want + 0.5 / 2 * ((x - y).square().sum(1) / y.square().sum(1)).sum()
-    for s, t in objective.attention_pairs:
+    for s, t in objective.compared.attention:
         for name, common in (("q", 2), ("k", 1), ("v", 1)):
             outputs = []
             for index, model, head_dim in ((s, student, 16), (t, teacher, 16)):

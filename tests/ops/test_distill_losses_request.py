@@ -180,8 +180,8 @@ def test_kept_blocks_from_reports(family, tmp_path):
 
 def test_attention_takes_the_last_pairs():
     layers = layer_map(None, 4, 8)
-    assert Objective(parse_loss("attention"), layers=layers).attention_pairs == ((3, 7),)
-    assert Objective(parse_loss("attention:3"), layers=layers).attention_pairs == layers.attention[1:]
+    assert Objective(parse_loss("attention"), layers=layers).compared.attention == ((3, 7),)
+    assert Objective(parse_loss("attention:3"), layers=layers).compared.attention == layers.attention[1:]
     assert isinstance(Objective(parse_loss("attention:9"), layers=layers).attention, AttentionLoss)
     only_text = Objective(parse_loss("next"))
-    assert not only_text.needs_teacher_logits and list(only_text.parameters()) == []
+    assert not only_text.compared.logits and list(only_text.parameters()) == []

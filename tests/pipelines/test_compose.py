@@ -9,27 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import ok, report, run
 from safetensors.torch import load_file, save_file
-from tersor.cli.main import app
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
-from typer.testing import CliRunner
 
 INDEX = "model.safetensors.index.json"
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(part) for part in arguments])
-
-
-def ok(*arguments) -> str:
-    result = run(*arguments, "-q")
-    assert result.exit_code == 0, result.output
-    return result.stdout.strip()
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
@@ -81,7 +66,7 @@ def test_quantize_after_dense(model, tmp_path):
     ok("quantize", model, "-o", tmp_path / "a", "--group-size", 32, "--scheme", "w8a16")
     ok("convert", tmp_path / "a", "-o", tmp_path / "b", "--to", "dense")
     ok("quantize", tmp_path / "b", "-o", tmp_path / "c", "--group-size", 32, "--scheme", "w4a16")
-    assert ok("verify", tmp_path / "c", "--against", tmp_path / "b") == str(tmp_path / "c")
+    assert ok("verify", tmp_path / "c", "--against", tmp_path / "b") == tmp_path / "c"
     found = report(tmp_path / "c")
     steps = [*found["history"], found]
     assert [step["command"] for step in steps] == ["quantize", "convert", "quantize"]

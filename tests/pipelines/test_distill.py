@@ -9,30 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import ok, report, run
 from safetensors.torch import load_file
-from tersor.cli.main import app
 from tersor.formats.sparse.view import open_checkpoint
-from typer.testing import CliRunner
 
 TERSOR = [sys.executable, "-m", "tersor.cli"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tersor.cli"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SHORT = ["--steps", 6, "--batch", 4, "--seq-len", 32, "--lr", 1e-3]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(part) for part in arguments])
-
-
-def ok(*arguments) -> Path:
-    result = run(*arguments, "-q")
-    assert result.exit_code == 0, result.output
-    return Path(result.stdout.strip())
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 def lines(folder: Path) -> list[dict]:
@@ -41,6 +29,14 @@ def lines(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
+
+
+def on_two_processes(arguments: list, out: Path) -> Path:
+    command = [*LAUNCHER, *map(str, [*arguments, "-o", out, "-q"])]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == str(out)
+    return out
 
 
 @pytest.fixture
@@ -234,24 +230,7 @@ def test_a_loss_that_is_no_number(student, family, text, tmp_path, monkeypatch):
 def test_two_processes_give_the_curve_of_one(student, family, text, tmp_path):
     base = ["distill", student, "--teacher", family("llama"), "--data", text, *SHORT]
     one = ok(*base, "-o", tmp_path / "one")
-    two = tmp_path / "two"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29641",
-        "-m",
-        "tersor.cli",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *map(str, [*base, "-o", two, "-q"])], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == str(two)
+    two = on_two_processes(base, tmp_path / "two")
     for left, right in zip(lines(one), lines(two), strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-4)
         assert right["gradient_norm"] == pytest.approx(left["gradient_norm"], rel=1e-3)
@@ -259,6 +238,31 @@ def test_two_processes_give_the_curve_of_one(student, family, text, tmp_path):
     for name, tensor in before.items():
         assert torch.allclose(tensor.float(), after[name].float(), atol=2e-2), name
         assert torch.equal(tensor == 0, after[name] == 0) or "_proj" not in name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "mezo"])
+def test_two_processes_go_on_where_they_were_interrupted(optimizer, student, family, text, tmp_path):
+    """To the same bytes, and with mezo to the same log, which one process can replay."""
+    settings = ["--steps", 10, "--optimizer", optimizer]
+    base = ["distill", student, "--teacher", family("llama"), "--data", text, *SHORT, *settings]
+    whole, out = on_two_processes(base, tmp_path / "whole"), tmp_path / "out"
+    command = [*LAUNCHER, *map(str, [*base, "-o", out, "--save-every", 1])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    latest = tmp_path / "out.training" / "latest.json"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not latest.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) != 0
+    assert not out.exists()
+    assert 0 < json.loads(latest.read_text())["step"] < 10
+    on_two_processes([*base, "--resume"], out)
+    assert weights(out) == weights(whole)
+    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(whole)]
+    if optimizer == "mezo":
+        assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+        again = ok("distill", student, "-o", tmp_path / "again", "--replay", out / "log.jsonl", "--optimizer", "mezo")
+        assert weights(again) == weights(out)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -295,6 +299,32 @@ def test_another_vocabulary_is_refused(student, family, text, tmp_path):
 
 
 # --- elastic ----------------------------------------------------------------------------------------------------------
+
+
+def test_scalars_for_tensorboard(student, family, text, tmp_path, monkeypatch):
+    """Every number of every step goes to its writer; without the package the run stops before it begins."""
+    base = ["distill", student, "--teacher", family("llama"), "--data", text, *SHORT, "--log-dir", tmp_path / "logs"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    refused = run(*base, "-o", tmp_path / "refused")
+    assert refused.exit_code == 1
+    assert "pip install tensorboard" in refused.stderr
+    seen, closed = [], []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "logs")
+
+        def add_scalar(self, name, value, step):
+            seen.append((step, name, value))
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    out = ok(*base, "-o", tmp_path / "out")
+    wanted = [(line["step"], name, line[name]) for line in lines(out) for name in line if name != "step"]
+    assert seen == wanted
+    assert closed == [True]
 
 
 def test_elastic_then_extract(family, text, tmp_path):

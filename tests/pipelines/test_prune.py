@@ -5,32 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from command_line import ok, report, run
 from safetensors.torch import load_file
-from tersor.cli.main import app
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.dense import DenseView
 from tersor.ops.model.selection import select
-from typer.testing import CliRunner
 
 TERSOR = f"{sys.executable} -m tersor.cli.main"
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(part) for part in arguments])
-
-
-def ok(*arguments) -> Path:
-    result = run(*arguments, "-q")
-    assert result.exit_code == 0, result.output
-    return Path(result.stdout.strip())
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 def calibration(text) -> list:

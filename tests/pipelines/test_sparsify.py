@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import ok, report, run
 from safetensors.torch import load_file, save_file
-from tersor.cli.main import app
 from tersor.formats.dense import DenseView
 from tersor.formats.sparse.packed import FORMATS
 from tersor.formats.sparse.view import open_checkpoint
 from tiny_models import build
-from typer.testing import CliRunner
 
 FAMILIES = ["llama", "llama-bias", "qwen3", "gemma", "gpt2", "opt", "phi3", "mixtral", "qwen2-moe", "bert"]
 # The way quantize is called -> whether all its layers can be packed.
@@ -36,20 +35,6 @@ SCHEMES = {
 def no_measured_costs(tmp_path_factory, monkeypatch):
     """What was measured on this machine before must not decide what is tested."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(part) for part in arguments])
-
-
-def ok(*arguments) -> str:
-    result = run(*arguments, "-q")
-    assert result.exit_code == 0, result.output
-    return result.stdout.strip()
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -77,7 +62,7 @@ def test_there_and_back(name, family, text, tmp_path):
     """Smaller, sound, the same perplexity to the last digit, and back to the same files."""
     a = masked(family(name), tmp_path / "a")
     b = Path(ok("sparsify", a, "-o", tmp_path / "b"))
-    assert ok("verify", b, "--against", a) == str(b)
+    assert ok("verify", b, "--against", a) == b
     found = report(b)
     packed = [entry for entry in found["tensors"] if entry["action"] == "pack"]
     assert len(packed) == sum(entry["action"] == "mask" for entry in report(a)["tensors"])
@@ -98,7 +83,7 @@ def test_over_codes(scheme, family, text, tmp_path):
     options += ["--group-size", 32] if "a16" in scheme else []
     b = Path(ok("quantize", a, "-o", tmp_path / "b", *options))
     c = Path(ok("sparsify", b, "-o", tmp_path / "c"))
-    assert ok("verify", c) == str(c)
+    assert ok("verify", c) == c
     assert open_checkpoint(c).nbytes < open_checkpoint(b).nbytes
     assert len(open_checkpoint(c).packed) == sum(entry["action"] == "pack" for entry in report(c)["tensors"]) == 14
     assert perplexity(c, text) == perplexity(b, text)

@@ -23,6 +23,27 @@ class States:
     attention: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What the terms look at: the teacher's logits, and (student block, teacher block) whose outputs, or whose queries,
+    keys and values, are compared."""
+
+    logits: bool
+    outputs: tuple[tuple[int, int], ...]
+    attention: tuple[tuple[int, int], ...]
+
+
+def compared(terms: list[Term], layers: LayerMap | None) -> Compared:
+    """`layers`: for hidden and attention."""
+    by_name = {term.name: term for term in terms}
+    attention = by_name.get("attention")
+    return Compared(
+        any(term.needs == "logits" for term in terms),
+        layers.outputs if "hidden" in by_name else (),
+        layers.attention[-int(attention.parameter) :] if attention else (),
+    )
+
+
 class Objective(nn.Module):
     """Weighted sum of all terms over kept tokens.
 
@@ -45,28 +66,15 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.terms = {term.name: term for term in terms}
+        self.compared = compared(terms, layers)
         on_logits = [term for term in terms if term.kind is not None]
         self.logits = LogitLosses(on_logits, temperature, top_k, common, budget_bytes) if on_logits else None
         self.hidden: HiddenLoss | None = None
         self.attention: AttentionLoss | None = None
         if term := self.terms.get("hidden"):
-            self.hidden = HiddenLoss(layers.outputs, *widths, exponent=term.parameter, seed=seed)
-        if term := self.terms.get("attention"):
-            self.attention = AttentionLoss(layers.attention[-int(term.parameter) :], causal)
-
-    @property
-    def needs_teacher_logits(self) -> bool:
-        return any(term.needs == "logits" for term in self.terms.values())
-
-    @property
-    def output_pairs(self) -> tuple[tuple[int, int], ...]:
-        """(student block, teacher block) whose outputs are compared."""
-        return () if self.hidden is None else self.hidden.pairs
-
-    @property
-    def attention_pairs(self) -> tuple[tuple[int, int], ...]:
-        """(student block, teacher block) whose queries, keys and values are compared."""
-        return () if self.attention is None else self.attention.pairs
+            self.hidden = HiddenLoss(self.compared.outputs, *widths, exponent=term.parameter, seed=seed)
+        if "attention" in self.terms:
+            self.attention = AttentionLoss(self.compared.attention, causal)
 
     def forward(
         self,

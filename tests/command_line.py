@@ -1,6 +1,9 @@
-"""Running commands in this process, for the tests of this folder."""
+"""Running commands in this process."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import typer
 from tersor.cli.main import app
@@ -12,6 +15,17 @@ COMMANDS = sorted(typer.main.get_command(app).commands)
 def run(*arguments, **options):
     """In this process: what a command prints and how it exits."""
     return CliRunner().invoke(app, [str(part) for part in arguments], **options)
+
+
+def ok(*arguments) -> Path:
+    """A command that has to succeed: the path that it prints."""
+    result = run(*arguments, "-q")
+    assert result.exit_code == 0, result.output
+    return Path(result.stdout.strip())
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
 
 
 def assert_refused(result, *words: str) -> None:
