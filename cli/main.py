@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from tersor import __version__
-from tersor.cli import convert, distill, evaluate, profile, prune, quantize, sparsify, verify
+from tersor.cli import convert, distill, evaluate, plan_parallel, profile, prune, quantize, sparsify, verify
 
 app = typer.Typer(
     name="tersor",
@@ -44,6 +44,9 @@ app.command("quantize", short_help="Fewer bits per weight.")(quantize.quantize)
 app.command("sparsify", short_help="Zeros packed away, without loss.")(sparsify.sparsify)
 app.command("distill", short_help="Train a compressed model to do what the original does.")(distill.distill)
 app.command("profile", short_help="Where bytes, time and memory go; what compression would do.")(profile.profile)
+app.command("plan-parallel", short_help="Place a checkpoint on a cluster; cut it into shards.")(
+    plan_parallel.plan_parallel
+)
 app.command("evaluate", short_help="Perplexity, and how far two models are apart.")(evaluate.evaluate)
 app.command("verify", short_help="Is this checkpoint sound?")(verify.verify)
 app.command("convert", short_help="Another encoding without loss, or dense again.")(convert.convert)

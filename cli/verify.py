@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from tersor.cli import common
+from tersor.formats.plan import is_plan
 
 
 def verify(
@@ -24,18 +26,34 @@ def verify(
     \b
       tersor verify small
       tersor verify small --against MODEL
+    What plan-parallel --shard wrote: are the shards the model, bit for bit?
+      tersor verify P
 
     Prints MODEL when it is sound. Otherwise prints each problem and exits with 1.
     """
     with common.reported_errors(debug, resumable=False):
         path = common.resolve_input(model)
-        from tersor.ops.verify.run import verify as run
-
         with common.progress(quiet) as progress:
-            result = run(path, against, progress)
+            if is_plan(Path(path)):
+                from tersor.ops.plan_parallel.verify import verify_plan
+
+                result = verify_plan(Path(path), against, progress)
+                compared = "the hashes they were written with" if result.against is None else str(result.against)
+                sound = f"a plan; {result.files} files of shards hold {result.tensors} tensors, as does {compared}"
+                sound = sound if result.files else "a plan without shards"
+                numbers = {
+                    "shard_files": result.files,
+                    "against": None if result.against is None else str(result.against),
+                }
+            else:
+                from tersor.ops.verify.run import verify as run
+
+                result = run(path, against, progress)
+                sound = f"{result.tensors} tensors, {result.quantized_modules} quantized layers"
+                numbers = {"quantized_modules": result.quantized_modules}
         found = {
-            "schema": "tersor.verify/1", "path": str(result.path), "tensors": result.tensors,
-            "quantized_modules": result.quantized_modules, "problems": result.problems,
+            "schema": "tersor.verify/1", "path": str(result.path), "tensors": result.tensors, **numbers,
+            "problems": result.problems,
         }  # fmt: skip
         for problem in result.problems:
             sys.stderr.write(f"error: {common.one_line(problem)}\n")
@@ -44,5 +62,5 @@ def verify(
             if json:
                 common.emit(path, found)
             raise typer.Exit(1)
-        common.show([("sound", f"{result.tensors} tensors, {result.quantized_modules} quantized layers")], [], quiet)
+        common.show([("sound", sound)], [], quiet)
         common.emit(path, found if json else None)

@@ -6,7 +6,10 @@ finished text (`units` has the forms), so that both show the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from tersor.formats.units import finite
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,53 @@ class Plot:
     unit_y: str = "number"
 
 
+class Span(NamedTuple):
+    """From `start` to `end` something of a `series` happens. `text` stands on it where there is room, `what` under the
+    pointer; `shade` is one of the names that the timeline has for shades."""
+
+    start: float
+    end: float
+    series: str
+    text: str = ""
+    what: str = ""
+    shade: int = 0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What happens when, in seconds: rows of (label, value in words, spans), one under the other.
+
+    Spans of a row do not overlap. `shades` are names for shades of the colours, from light to dark. `cut`, (from, to), is
+    a time in which everything goes on as before and that is left out. The terminal shows it in signs.
+    """
+
+    title: str
+    note: str
+    rows: list[tuple[str, str, list[Span]]]
+    shades: list[str] = field(default_factory=list)
+    cut: tuple[float, float] | None = None
+
+
+def drawable(item: Timeline) -> Timeline:
+    """Without spans that have no place in time; the note counts them."""
+    lost, rows = 0, []
+    for label, value, spans in item.rows:
+        kept = [span for span in spans if finite(span.start) is not None and finite(span.end) is not None]
+        lost += len(spans) - len(kept)
+        rows.append((label, value, kept))
+    note = f"{item.note} {lost:,} without a time left out.".strip() if lost else item.note
+    return replace(item, rows=rows, note=note)
+
+
+def windows(item: Timeline) -> list[tuple[float, float]]:
+    """The times that a timeline shows, (from, to): all of it, or what is before and what is after its cut."""
+    ends = [time for _, _, spans in item.rows for span in spans for time in (span.start, span.end)]
+    start, end = min(0.0, *ends), max(ends)
+    if item.cut and start < item.cut[0] < item.cut[1] < end:
+        return [(start, item.cut[0]), (item.cut[1], end)]
+    return [(start, end)]
+
+
 UNITS = ("number", "size", "count", "duration", "percent")
 
 
@@ -78,5 +128,5 @@ class Section:
     """`lead` is the one sentence that a hurried reader takes away."""
 
     title: str
-    items: list[Facts | Notes | Table | Bars | Plot]
+    items: list[Facts | Notes | Table | Bars | Plot | Timeline]
     lead: str = ""

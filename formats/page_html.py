@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tersor.formats import svg, svg_plots
-from tersor.formats.page import Bars, Facts, Notes, Plot, Section, Table
+from tersor.formats import svg, svg_plots, svg_timeline
+from tersor.formats.page import Bars, Facts, Notes, Plot, Section, Table, Timeline
 from tersor.formats.svg import SERIES, escape
 from tersor.formats.units import finite
 
@@ -39,7 +39,7 @@ def render(
     return svg.page(title, "".join(body))
 
 
-def _item(key: str, item: Facts | Notes | Table | Bars | Plot) -> str:
+def _item(key: str, item: Facts | Notes | Table | Bars | Plot | Timeline) -> str:
     match item:
         case Facts():
             return svg.facts(item.pairs)
@@ -55,6 +55,8 @@ def _item(key: str, item: Facts | Notes | Table | Bars | Plot) -> str:
             return _bars(key, item)
         case Plot():
             return svg_plots.plot(key, item)
+        case Timeline():
+            return svg_timeline.timeline(key, item)
     raise TypeError(f"{type(item).__name__} is no part of a page")
 
 

@@ -10,7 +10,7 @@ import io
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from tersor.formats.page import Bars, Facts, Notes, Plot, Section, Table
+from tersor.formats.page import Bars, Facts, Notes, Plot, Section, Span, Table, Timeline, drawable, windows
 from tersor.formats.svg import spelled
 from tersor.formats.units import finite
 
@@ -59,7 +59,7 @@ def plain(text: str) -> str:
     return "".join(letters).encode("ascii", "replace").decode()
 
 
-def _item(item: Facts | Notes | Table | Bars | Plot, width: int) -> str:
+def _item(item: Facts | Notes | Table | Bars | Plot | Timeline, width: int) -> str:
     match item:
         case Facts():
             return _columns([[name, value] for name, value in item.pairs], width)
@@ -74,6 +74,8 @@ def _item(item: Facts | Notes | Table | Bars | Plot, width: int) -> str:
             return _bars(item, width)
         case Plot():
             return ""
+        case Timeline():
+            return _timeline(item, width)
     raise TypeError(f"{type(item).__name__} is no part of a page")
 
 
@@ -125,6 +127,48 @@ def _bar(segments: list[tuple[str, float]], longest: float, most: int) -> str:
         total += length
         text += fill * (round(most * total / longest) - len(text))
     return text or (next(fill for fill, length in segments if length) if total else "")
+
+
+def _timeline(item: Timeline, width: int) -> str:
+    """A row of signs per row; a sign is what takes most of its time, a dot where nothing happens."""
+    item = drawable(item)
+    names = list(dict.fromkeys(span.series for _, _, spans in item.rows for span in spans))
+    fills = {name: FILLS[min(index, len(FILLS) - 1)] for index, name in enumerate(names)}
+    label, value = (max((len(spelled(row[at])) for row in item.rows), default=0) for at in (0, 1))
+    room = width - label - value - 4
+    parts = windows(item) if names else []
+    whole = sum(end - start for start, end in parts)
+    if not whole or room < 16:
+        return "\n".join(_sentence(text, width) for text in (item.title, item.note) if text)
+    first = round((room - 3) * (parts[0][1] - parts[0][0]) / whole)
+    first = min(max(first, 1), room - 4)
+    signs = [room] if len(parts) == 1 else [first, room - 3 - first]
+    lines = []
+    for name, words, spans in item.rows:
+        strips = [
+            "".join(_strip(spans, start, end, count, fills)) for (start, end), count in zip(parts, signs, strict=True)
+        ]
+        lines.append(f"{spelled(name):<{label}}  {' ~ '.join(strips)}  {spelled(words):>{value}}".rstrip())
+    legend = "   ".join([*(f"{fills[name]} {name}" for name in names), *(["~ left out"] if item.cut else [])])
+    return "\n".join([*(_sentence(text, width) for text in (item.title, item.note, legend) if text), *lines])
+
+
+def _strip(spans: Sequence[Span], start: float, end: float, count: int, fills: dict[str, str]) -> list[str]:
+    """`count` signs for the time from `start` to `end`."""
+    step = (end - start) / count
+    taken: list[dict[str, float]] = [{} for _ in range(count)]
+    for span in spans:
+        first, last = max(span.start, start), min(span.end, end)
+        for at in range(int((first - start) / step), count) if first < last else ():
+            inside = min(last, start + (at + 1) * step) - max(first, start + at * step)
+            if inside <= 0:
+                break
+            taken[at][fills[span.series]] = taken[at].get(fills[span.series], 0.0) + inside
+    found = []
+    for shares in taken:
+        fill = max(shares, key=shares.get, default="·")
+        found.append(fill if sum(shares.values()) > step / 2 else "·")
+    return found
 
 
 def _sentence(text: str, width: int) -> str:

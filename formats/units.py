@@ -30,7 +30,9 @@ def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 3600:
         return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440:,} d {minutes % 1440 // 60} h"
 
 
 def latency(seconds: float) -> str:

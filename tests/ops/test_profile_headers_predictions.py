@@ -14,11 +14,12 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.hardware import Hardware, load_hardware
 from tersor.ops.model.facts import Attention, facts
 from tersor.ops.model.operators import Attend, Linear, Pass, operators
+from tersor.ops.model.roofline import seconds_of, total_seconds
 from tersor.ops.model.stored import stored_weights
 from tersor.ops.profile.headers import test_time as answer_model
 from tersor.ops.profile.headers.alternatives import FORMATS, in_format, slower_from_batch, weight_bytes
 from tersor.ops.profile.headers.kv_cache import USABLE, cache_bytes, devices_needed, longest_context
-from tersor.ops.profile.headers.roofline import middle_step, predict, seconds_of, serve, total_seconds
+from tersor.ops.profile.headers.roofline import middle_step, predict, serve
 from tersor.ops.profile.headers.run import profile_headers
 from tersor.ops.profile.request import Workload
 

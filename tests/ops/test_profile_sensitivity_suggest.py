@@ -12,9 +12,10 @@ from tersor.formats.errors import TersorError
 from tersor.formats.hardware import load_hardware
 from tersor.ops.model.facts import facts
 from tersor.ops.model.operators import operators
+from tersor.ops.model.roofline import total_seconds
 from tersor.ops.model.schemes import scheme_from_name
 from tersor.ops.model.stored import stored_weights
-from tersor.ops.profile.headers.roofline import middle_step, total_seconds
+from tersor.ops.profile.headers.roofline import middle_step
 from tersor.ops.profile.request import Workload
 from tersor.ops.profile.sensitivity.page import sections
 from tersor.ops.profile.sensitivity.step_time import step_time

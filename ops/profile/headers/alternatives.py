@@ -13,7 +13,8 @@ from tersor.formats.hardware import Hardware
 from tersor.formats.scheme import Scheme
 from tersor.ops.model.facts import Facts
 from tersor.ops.model.operators import Linear, Operator, Pass
-from tersor.ops.profile.headers.roofline import middle_step, prompt_pass, total_seconds
+from tersor.ops.model.roofline import total_seconds
+from tersor.ops.profile.headers.roofline import middle_step, prompt_pass
 from tersor.ops.profile.request import Workload
 
 CHANGED_KINDS = ("attention", "mlp", "experts", "shared experts")

@@ -1,49 +1,12 @@
-"""How long operators take: the longer of their arithmetic at the reachable peak and their bytes at the reachable
-bandwidth, plus what starting a kernel takes (Williams et al., "Roofline", CACM 2009; the efficiencies are the hardware's).
-"""
+"""What the roofline (ops.model.roofline) predicts for a workload: a table of one pass, and how fast the model serves."""
 
 from __future__ import annotations
 
 from tersor.formats.hardware import Hardware
 from tersor.ops.model.facts import Facts
 from tersor.ops.model.operators import Linear, Operator, Pass
+from tersor.ops.model.roofline import REDUCTIONS_PER_LAYER, reduction_seconds, seconds_of
 from tersor.ops.profile.request import Workload
-
-REDUCTIONS_PER_LAYER = 2  # of tensor parallelism: after attention and after the MLP
-
-
-def reachable_flops(operator: Operator, hardware: Hardware) -> float:
-    """FLOP/s of the device in the operator's precision; less where weights are unpacked on the way."""
-    speed = hardware.flops(operator.precision)
-    if isinstance(operator, Linear):
-        widened = operator.precision in ("fp8", "int8") and not hardware.supports(operator.precision)
-        if operator.unpacks or widened:
-            speed *= hardware.dequantize_efficiency
-        speed *= min(operator.speedup, hardware.sparse_speedup)
-    return speed
-
-
-def seconds_of(operator: Operator, run: Pass, hardware: Hardware, devices: int = 1) -> tuple[float, str]:
-    """(time of one of them when `devices` share it evenly, what bounds it: compute, memory or launch)"""
-    compute = operator.flops(run) / devices / reachable_flops(operator, hardware)
-    memory = operator.bytes(run) / devices / hardware.bytes_per_second
-    work, floor = max(compute, memory), hardware.kernel_floor_seconds
-    bound = "launch" if floor > work else "compute" if compute > memory else "memory"
-    return work + floor, bound
-
-
-def reduction_seconds(facts: Facts, run: Pass, hardware: Hardware, devices: int) -> float:
-    """Time in which `devices` add up their shares of the hidden states, by a ring, after every half layer."""
-    if devices == 1:
-        return 0.0
-    nbytes = 2 * (devices - 1) / devices * run.tokens * facts.hidden * 2
-    link = (hardware.link_gbps or hardware.pcie_gbps or hardware.memory_gbps) * 1e9
-    return REDUCTIONS_PER_LAYER * facts.layers * (nbytes / link + hardware.kernel_floor_seconds)
-
-
-def total_seconds(facts: Facts, found: list[Operator], run: Pass, hardware: Hardware, devices: int = 1) -> float:
-    work = sum(operator.count * seconds_of(operator, run, hardware, devices)[0] for operator in found)
-    return work + reduction_seconds(facts, run, hardware, devices)
 
 
 def predict(facts: Facts, found: list[Operator], run: Pass, hardware: Hardware, devices: int = 1) -> dict:

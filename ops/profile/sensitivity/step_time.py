@@ -10,8 +10,9 @@ from tersor.formats.hardware import Hardware
 from tersor.formats.scheme import Scheme
 from tersor.ops.model.facts import facts
 from tersor.ops.model.operators import Linear, operators, precision_of
+from tersor.ops.model.roofline import seconds_of, total_seconds
 from tersor.ops.model.stored import Stored, stored_weights
-from tersor.ops.profile.headers.roofline import middle_step, prompt_pass, seconds_of, total_seconds
+from tersor.ops.profile.headers.roofline import middle_step, prompt_pass
 from tersor.ops.profile.request import Workload
 from tersor.ops.profile.sensitivity.candidates import EXPERT
 from tersor.ops.profile.sensitivity.suggest import Cost
