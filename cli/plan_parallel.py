@@ -42,6 +42,14 @@ def plan_parallel(
     why_not: Annotated[
         list[str] | None, typer.Option(metavar="CHOICES", help="Why is it not tp=8,pp=2? Repeatable.")
     ] = None,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="RUNTIME",
+            help="Only plans it can run: megatron torchtitan deepspeed fsdp2 huggingface vllm.",
+        ),
+    ] = "any",
     top: Annotated[int, typer.Option(min=1, help="Plans to report.")] = 5,
     tiers: Annotated[str, typer.Option(help="Where states may lie: gpu, or gpu,cpu, or gpu,cpu,nvme.")] = "gpu",
     calibrate: Annotated[
@@ -96,7 +104,7 @@ def plan_parallel(
             rate=rate, objective=objective, ttft_seconds=ttft, tpot_seconds=tpot,
         )  # fmt: skip
         request = Request(
-            given, output, cluster, workload, fix or [], pin, why_not or [], top, tuple(tiers.split(",")), convention, calibrate,
+            given, output, cluster, workload, fix or [], pin, why_not or [], runtime, top, tuple(tiers.split(",")), convention, calibrate,
             measured, experts, map_ranks, shard, shard_format, source_plan, execute_check, seed, force,
         )  # fmt: skip
         from tersor.ops.plan_parallel.run import plan_parallel as run

@@ -24,7 +24,6 @@ from tersor.formats.json_file import read_object
 
 TRACES = ("trace", "routing")
 MAP_SCHEMA = "tersor.experts/1"
-MAP_NAME = "expert_map.json"
 TOKENS_AT_ONCE = 1 << 14
 HINT = (
     "give a safetensors file with a trace [tokens, layers, k], with transitions [layers - 1, experts, experts], "

@@ -201,14 +201,15 @@ def exports(found: dict) -> Section:
     rows = [
         [
             runtime,
-            ", ".join(entry["files"]) if "files" in entry else "–",
+            "–" if "files" not in entry else entry.get("layout", "this plan"),
+            ", ".join(entry.get("files", [])),
             " ".join(entry.get("notes") or entry.get("unsupported") or []),
         ]
         for runtime, entry in found.items()
     ]
     return Section(
         "Files for runtimes",
-        [Table("In exports/", ["runtime", "files", "what it does otherwise, or why not"], rows, 3)],
+        [Table("In exports/", ["runtime", "plan", "files", "what it does otherwise, or why not"], rows, 4)],
     )
 
 

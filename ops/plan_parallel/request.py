@@ -10,6 +10,10 @@ from tersor.formats.hardware import PRECISIONS
 
 MODES = ("train", "serve")
 OPTIMIZERS = ("adamw", "adamw8bit", "apollo", "apollo-mini", "lion", "sgd")
+RUNTIMES = {
+    "train": ("any", "megatron", "torchtitan", "deepspeed", "fsdp2", "huggingface"),
+    "serve": ("any", "vllm", "huggingface"),
+}
 OBJECTIVES = ("throughput", "latency")
 CONVENTIONS = ("megatron", "torchtitan", "deepspeed", "paper")
 TIERS = ("gpu", "cpu", "nvme")
@@ -59,6 +63,7 @@ class Request:
     fix: list[str] = field(default_factory=list)
     pin: Path | None = None
     why_not: list[str] = field(default_factory=list)
+    runtime: str = "any"  # that has to be able to run the plan
     top: int = 5
     tiers: tuple[str, ...] = ("gpu",)
     convention: str = "megatron"  # what is kept beside the weights: megatron, torchtitan, paper, deepspeed
@@ -74,6 +79,7 @@ class Request:
     force: bool = False
 
     def __post_init__(self):
+        _require("--for", self.runtime, RUNTIMES[self.workload.mode])
         _require("--convention", self.convention, CONVENTIONS)
         _require("--shard-format", self.shard_format, SHARD_FORMATS)
         for tier in self.tiers:

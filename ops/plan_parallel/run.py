@@ -39,6 +39,8 @@ def plan_parallel(request: Request, progress: Progress = lambda *_: None) -> Rep
     cluster = load_cluster(request.cluster)
     links = Links(cluster, None if request.calibrate is None else read_nccl_tests(request.calibrate))
     pins = _pins(request)
+    for line in request.why_not:
+        parse_pins(line)  # which raises, before any work
     checkpoint = open_checkpoint(locate(request.model))
     check_output(request.output, checkpoint.path, request.force, resume=request.force)
     report = Report.start(
@@ -93,7 +95,10 @@ def _fill(
         sections.append(page.experts(document["experts"]))
     written = {}
     for role, layout in planned.layouts.items():
-        found = summary(write_exports(folder / role, model, layout, request.workload, cluster))
+        instead = {runtime: other for (of, runtime), other in planned.instead.items() if of == role}
+        found = summary(write_exports(folder / role, model, layout, request.workload, cluster, instead))
+        for runtime, other in instead.items():
+            found[runtime]["layout"] = other.describe()
         written |= {f"{role} {runtime}".strip(): entry for runtime, entry in found.items()}
     document["exports"] = written
     sections.append(page.exports(written))
@@ -172,7 +177,7 @@ def _arguments(request: Request) -> dict:
         value = getattr(workload, entry.name)
         if value != getattr(plain, entry.name):
             given[names.get(entry.name, entry.name)] = value
-    names = {"routing": "experts", "map_ranks": "map", "source_plan": "from"}
+    names = {"routing": "experts", "runtime": "for", "map_ranks": "map", "source_plan": "from"}
     for entry in fields(Request):
         value = getattr(request, entry.name)
         if entry.name in ("model", "output", "cluster", "workload", "force") or value in (None, [], False):

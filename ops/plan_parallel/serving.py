@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from tersor.formats.cluster import Cluster
 from tersor.formats.errors import TersorError
 from tersor.ops.plan_parallel import page
 from tersor.ops.plan_parallel.communication.links import Links
+from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.planned import Planned
 from tersor.ops.plan_parallel.request import Request
 from tersor.ops.plan_parallel.search.pins import Pins
-from tersor.ops.plan_parallel.serve.plan import TOGETHER, why_lost
-from tersor.ops.plan_parallel.serve.search import no_plan, search, why_not
+from tersor.ops.plan_parallel.serve.plan import TOGETHER, Group, why_lost
+from tersor.ops.plan_parallel.serve.search import ServeResult, no_plan, search, why_not
 
 TRAINING_ONLY = {"measured": "--measured", "map_ranks": "--map"}
 
@@ -33,7 +34,9 @@ def plan_serving(request: Request, model: PlanModel, cluster: Cluster, links: Li
     fullest = max(
         memory.holding(group.operating.batch) for group in best.groups for memory in result.costs.memory(group.instance)
     )
-    layouts = {"" if best.kind == TOGETHER else group.operating.role: group.layout for group in best.groups}
+    layouts = {
+        "" if best.kind == TOGETHER else group.operating.role: _written_out(group, result) for group in best.groups
+    }
     document = {
         "layout": asdict(next(iter(layouts.values()))),
         "layouts": {role: asdict(layout) for role, layout in layouts.items()},
@@ -59,3 +62,9 @@ def plan_serving(request: Request, model: PlanModel, cluster: Cluster, links: Li
         **({"why_not": answers} if answers else {}),
     }
     return Planned(layouts, document, numbers, page.serving(result, sentences, document))
+
+
+def _written_out(group: Group, result: ServeResult) -> Layout:
+    """All instances of a group as one layout, with the blocks of every stage."""
+    layout = group.layout
+    return replace(layout, stages=result.costs.steps.stages(group.instance)) if layout.pp > 1 else layout

@@ -13,16 +13,17 @@ from tersor.ops.plan_parallel.communication.messages import message_bytes
 from tersor.ops.plan_parallel.cost.measured import read_measured
 from tersor.ops.plan_parallel.cost.memory import even_stages
 from tersor.ops.plan_parallel.cost.step import Costs, Estimate
+from tersor.ops.plan_parallel.export.write import accepted_by
 from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.planned import Planned
-from tersor.ops.plan_parallel.request import Request
+from tersor.ops.plan_parallel.request import RUNTIMES, Request
 from tersor.ops.plan_parallel.schedule.pipeline import Timeline, build, simulate
 from tersor.ops.plan_parallel.search.compare import changes, why_slower
 from tersor.ops.plan_parallel.search.explain import explain, neighbours, no_plan, why_not
 from tersor.ops.plan_parallel.search.pins import Pins
 from tersor.ops.plan_parallel.search.price import Candidate
-from tersor.ops.plan_parallel.search.train import SearchResult, search
+from tersor.ops.plan_parallel.search.train import SearchResult, best_for, search
 
 
 def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: Links, pins: Pins) -> Planned:
@@ -30,7 +31,8 @@ def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: L
     workload = request.workload
     measured = None if request.measured is None else read_measured(request.measured, model, cluster.hardware)
     costs = Costs(model, cluster, links, workload, request.convention, measured)
-    result = search(model, costs, cluster, workload, pins, request.top, request.tiers)
+    accepts = None if request.runtime == "any" else accepted_by(request.runtime, model, workload, cluster)
+    result = search(model, costs, cluster, workload, pins, request.top, request.tiers, accepts)
     if not result.best:
         raise no_plan(result)
     best, *others = result.best
@@ -45,6 +47,8 @@ def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: L
     best = Candidate(layout, estimate)
     sentences = explain(result.best[0], others, cluster.memory_bytes)
     planned = Planned({"": layout}, {}, {}, [])
+    if request.runtime == "any":
+        planned.instead = _instead(request, model, layout, cluster, result)
     if result.fewer is not None:
         planned.warnings.append(_too_many(result))
     if mapping is not None:
@@ -83,6 +87,20 @@ def on_the_clock(layout: Layout, estimate: Estimate) -> Timeline:
         [stage.backward_weight_seconds for stage in estimate.stages],
         estimate.send_seconds,
     )
+
+
+def _instead(
+    request: Request, model: PlanModel, layout: Layout, cluster: Cluster, result: SearchResult
+) -> dict[tuple[str, str], Layout]:
+    """The fastest plan of each runtime that cannot run `layout`."""
+    found = {}
+    for runtime in RUNTIMES["train"][1:]:
+        accepts = accepted_by(runtime, model, request.workload, cluster)
+        if not accepts(layout):
+            candidate = best_for(result, accepts)
+            if candidate is not None:
+                found["", runtime] = written_out(candidate.layout, model)
+    return found
 
 
 def _mapped(

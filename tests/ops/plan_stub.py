@@ -44,6 +44,7 @@ class Estimate:
     explain: tuple[str, ...] = ()
     tokens_per_second: float = 0.0
     mfu: float = 0.0
+    micro_batches: int = 1
 
 
 @dataclass
@@ -95,7 +96,7 @@ class StubCosts:
             for stage in range(layout.pp * layout.chunks)
         )
         short = max(0.0, memory.total - self.limit)
-        return Estimate(not short, seconds, stages, parts, memory.total, short)
+        return Estimate(not short, seconds, stages, parts, memory.total, short, micro_batches=micro_batches)
 
     def lower_bound(self, layout: Layout) -> tuple[float, float]:
         estimate = self.estimate(layout)

@@ -46,7 +46,7 @@ def report(folder: Path, device: str = "NVIDIA H100 80GB HBM3", modules=MODULES)
         "operators": {"prompt": {"tokens": 1024, "rows": rows}, "step": None},
     }
     path = folder / "report.json"
-    path.write_text(json.dumps({"quality": {"measure": measure}}))
+    path.write_text(json.dumps({"quality": {"models": [{"measure": measure}]}}))
     return path
 
 

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_brute import brute_force, kind_of
 from plan_stub import GB, StubCosts
+from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.search.bound import BranchAndBound, Front, Known
-from tersor.ops.plan_parallel.search.price import Candidate, Pricer
+from tersor.ops.plan_parallel.search.explain import no_plan
+from tersor.ops.plan_parallel.search.price import RUN_AT_MOST, Candidate, Pricer
 from tersor.ops.plan_parallel.search.space import Legality, Space
 from tersor.ops.plan_parallel.search.train import fewer_devices, run_schedules, search_space
 
@@ -121,15 +123,28 @@ class Simulated(StubCosts):
 
 
 def test_schedules_that_are_run_decide():
+    """Over the order of the list, and over what fits; the next plan of the same division takes the place of one that does not."""
     costs = Simulated(state_gigabytes=300.0, noise=0.0)
-    pool = search_space(Pricer(costs, costs.limit), DENSE, 8, 60).best
+    pricer = Pricer(costs, costs.limit)
+    pool = search_space(pricer, DENSE, 8, 60).best
     assert {"interleaved", "zbv"} <= {plan.layout.schedule for plan in pool[:10]}
-    found = run_schedules(Pricer(costs, costs.limit), pool, 3)
-    exact = [Candidate(plan.layout, costs.estimate(plan.layout, exact=True)) for plan in pool]
-    best: dict = {}
-    for plan in sorted((plan for plan in exact if plan.estimate.fits), key=lambda plan: plan.rank):
-        best.setdefault(kind_of(plan.layout)[:6], plan)
-    assert found == list(best.values())[:3]
+    found = run_schedules(pricer, pool, 4)
+    assert len(found) == 4 and all(plan.layout.schedule != "zbv" for plan in found)
+    assert len({kind_of(plan.layout)[:6] for plan in found}) == 4
+    for plan in found:
+        assert plan.estimate == costs.estimate(plan.layout, exact=plan.layout.pp > 1)
+    times = [plan.estimate.step_seconds for plan in found]
+    assert times == sorted(times)
+
+
+def test_long_schedules_are_not_run():
+    costs = Simulated(global_batch=64)
+    layout = Layout(pp=4, schedule="interleaved", chunks=2)
+    short = Candidate(layout, costs.estimate(layout))
+    long = Candidate(layout, replace(short.estimate, micro_batches=RUN_AT_MOST))
+    pricer = Pricer(costs, costs.limit)
+    assert pricer.exact(short).estimate.step_seconds > short.estimate.step_seconds
+    assert pricer.exact(long) is long
 
 
 class OneMicroBatch(StubCosts):
@@ -159,4 +174,6 @@ def test_where_all_devices_have_no_layout_the_most_that_have_one_are_used():
     costs = StubCosts(state_gigabytes=50.0)
     result = search_space(Pricer(costs, 80 * GB), replace(space, pins={"pp": (1, 2)}), 24)
     assert not result.best and result.nearest is None
-    assert fewer_devices(result.pricer, result).layout.world == 16
+    result.fewer = fewer_devices(result.pricer, result)
+    assert result.fewer.layout.world == 16
+    assert "16 have one" in no_plan(result).hint

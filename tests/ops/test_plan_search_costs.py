@@ -181,8 +181,6 @@ def test_listed_plans_have_their_schedules_run(plan_model):
         assert plan.estimate == pricer.costs.estimate(plan.layout, exact=True) and plan.estimate.fits
     divided = [(plan.layout.tp, plan.layout.pp, plan.layout.dp) for plan in found.best]
     assert len(set(divided)) == len(divided)
-    pool = search_space(pricer, found.space, 8, 1).best
-    assert found.best[0].estimate.step_seconds <= pricer.exact(pool[0]).estimate.step_seconds
 
 
 def test_405b_on_1024_devices(plan_model):

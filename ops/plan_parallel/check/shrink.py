@@ -132,17 +132,6 @@ def shrink_config(config: dict, layouts: list[Layout]) -> dict:
         small["head_dim"] = HEAD_DIM
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         small[key] = None if family != "phi3" else 0
-    for key in (
-        "attention_dropout",
-        "hidden_dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "attn_pdrop",
-        "dropout",
-        "embd_dropout",
-    ):
-        if small.get(key):
-            small[key] = 0.0
     _experts(small, source, ep)
     _latent(small)
     _positions(small)

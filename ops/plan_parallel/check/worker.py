@@ -32,9 +32,11 @@ def random_model(config: dict, seed: int) -> torch.nn.Module:
     """With noise everywhere: a bias or a norm at its initial value would hide a gradient that went astray."""
     torch.manual_seed(seed)
     settings = dict(config)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32
-    )
+    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    for key, value in made.to_dict().items():
+        if "drop" in key and isinstance(value, float):  # the class has its own where config.json keeps silent
+            setattr(made, key, 0.0)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.08)

@@ -38,16 +38,15 @@ def read_measured(path: Path, model, hardware: Hardware) -> Measured:
         raise TersorError(f"{path}: {error.strerror}", WAY_OUT) from error
     except ValueError as error:
         raise TersorError(f"{path}: not readable as JSON ({error})", WAY_OUT) from error
-    quality = report.get("quality") if isinstance(report, dict) else None
-    measure = quality.get("measure") if isinstance(quality, dict) else None
     try:
+        measure = report["quality"]["models"][0]["measure"]
         device, prompt = measure["device"], measure["operators"]["prompt"]
         batch, tokens = measure["workload"]["batch"], prompt["tokens"]
         rows = {row["name"]: row for row in prompt["rows"]}
         name, machine = device["name"], measure["host"]["name"]
         seconds = {key: row["seconds"] for key, row in rows.items()}
         totals = {key: row["total_seconds"] for key, row in rows.items()}
-    except (KeyError, TypeError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise TersorError(f"{path}: no report of measured operators", WAY_OUT) from error
     if hardware.name != machine and hardware.name.split()[0].lower() not in name.lower():
         raise TersorError(f"{path}: measured on {name}, the cluster has {hardware.name}", WAY_OUT)

@@ -1,7 +1,8 @@
 """The tensor- and expert-parallel plan of a family in transformers' words: module pattern -> style.
 
 Read from the source of transformers' configuration class (`base_model_tp_plan`, `base_model_ep_plan`), which is parsed, not
-imported: planning needs no torch. Where the class has none, modules named as Llama's are found by their names.
+imported: planning needs no torch. Where the class has none, the feed-forward layers are found by their names; attention then
+stays whole, for code that was not written to be cut may take fewer heads for a shorter sequence, as OPT's does.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import NamedTuple
 
 from tersor.ops.plan_parallel.model import FRONT, PlanModel
 
-COLUMN = re.compile(r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|fc_in|dense_h_to_4h)$")
-ROW = re.compile(r"(o_proj|out_proj|down_proj|fc2|fc_out|dense_4h_to_h)$")
+COLUMN = re.compile(r"(gate_proj|up_proj|fc1|fc_in|dense_h_to_4h)$")
+ROW = re.compile(r"(down_proj|fc2|fc_out|dense_4h_to_h)$")
 EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 EXPERT_RULES = {
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
@@ -44,7 +45,7 @@ def styles(model: PlanModel, etp: int = 1) -> Styles:
     tensor, expert = family_plans(facts.family)
     source = f"transformers' configuration of {facts.family}"
     if not tensor:
-        tensor, source = _by_name(model, blocks), "names of modules"
+        tensor, source = _by_name(model, blocks), "names of feed-forward modules, attention stays whole"
     if facts.experts and etp > 1 and not any(EXPERTS.search(name) for name in tensor):
         tensor |= {name.replace("layers", blocks, 1): style for name, style in EXPERT_RULES.items()}
     if etp == 1:

@@ -48,7 +48,12 @@ def export(model: PlanModel, layout: Layout, workload: Workload, cluster: Cluste
         notes.append("torchtitan does not recompute attention alone; `selective` is set, which keeps matrix products.")
     policy = RECOMPUTE[layout.recompute]
     # The policy is a subcommand, which comes last on a command line.
-    flags = [f"--module {module}", f"--config {config}", *common.option_lines(settings), f"activation-checkpoint:{policy}"]
+    flags = [
+        f"--module {module}",
+        f"--config {config}",
+        *common.option_lines(settings),
+        f"activation-checkpoint:{policy}",
+    ]
     head = [*common.headline(model, layout), *(f"# Note: {note}" for note in notes)]
     script = [
         "#!/usr/bin/env bash",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tersor.formats.cluster import Cluster
@@ -24,24 +24,41 @@ EXPORTERS: dict[str, Exporter] = {
 }
 
 
-def exports(model: PlanModel, layout: Layout, workload: Workload, cluster: Cluster) -> dict[str, Export | Unsupported]:
-    """For every runtime its files, or why there are none."""
-    found: dict[str, Export | Unsupported] = {}
-    for name, exporter in EXPORTERS.items():
-        try:
-            found[name] = exporter(model, layout, workload, cluster)
-        except Unsupported as error:
-            found[name] = error
-        except TersorError as error:
-            found[name] = Unsupported(name, [str(error)])
-    return found
+def export(
+    runtime: str, model: PlanModel, layout: Layout, workload: Workload, cluster: Cluster
+) -> Export | Unsupported:
+    """The runtime's files for a plan, or why there are none."""
+    try:
+        return EXPORTERS[runtime](model, layout, workload, cluster)
+    except Unsupported as error:
+        return error
+    except TersorError as error:
+        return Unsupported(runtime, [str(error)])
+
+
+def accepted_by(runtime: str, model: PlanModel, workload: Workload, cluster: Cluster) -> Callable[[Layout], bool]:
+    """Whether the runtime can run a layout."""
+    return lambda layout: isinstance(export(runtime, model, layout, workload, cluster), Export)
+
+
+def exports(
+    model: PlanModel, layout: Layout, workload: Workload, cluster: Cluster, instead: Mapping[str, Layout] | None = None
+) -> dict[str, Export | Unsupported]:
+    """For every runtime its files, or why there are none. `instead`: other plans for some of them."""
+    layouts = dict.fromkeys(EXPORTERS, layout) | dict(instead or {})
+    return {name: export(name, model, layouts[name], workload, cluster) for name in EXPORTERS}
 
 
 def write_exports(
-    folder: Path, model: PlanModel, layout: Layout, workload: Workload, cluster: Cluster
+    folder: Path,
+    model: PlanModel,
+    layout: Layout,
+    workload: Workload,
+    cluster: Cluster,
+    instead: Mapping[str, Layout] | None = None,
 ) -> dict[str, Export | Unsupported]:
-    """Into `folder/exports`, a folder for each runtime that can run the plan."""
-    found = exports(model, layout, workload, cluster)
+    """Into `folder/exports`, a folder for each runtime that can run the plan, or the one it has instead."""
+    found = exports(model, layout, workload, cluster, instead)
     for name, result in found.items():
         if isinstance(result, Export):
             place = folder / "exports" / name

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
@@ -23,6 +23,9 @@ from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.search.price import Candidate, Pricer
 from tersor.ops.plan_parallel.search.space import Degrees, Group, Space
 
+Accepts = Callable[[Layout], bool]
+
+MOST_REFUSED = 4000
 SLOWEST = 2.0  # times the best plan's step: where the front of memory against time ends
 
 
@@ -125,8 +128,12 @@ class Bounded(NamedTuple):
 
 
 class BranchAndBound:
-    def __init__(self, pricer: Pricer, space: Space):
+    """`accepts` says which layouts may be plans at all, of those that the space has; where it refuses MOST_REFUSED of them
+    before one is found, none is expected."""
+
+    def __init__(self, pricer: Pricer, space: Space, accepts: Accepts | None = None):
         self.pricer, self.space, self.limit = pricer, space, pricer.limit
+        self.accepts, self.refused = accepts, 0
         self.counted = Counted()
 
     def fastest(self, devices: int, known: Known) -> Known:
@@ -154,11 +161,21 @@ class BranchAndBound:
                     else:
                         leaf = group._replace(recompute=(bounded.layout.recompute,))
                         heapq.heappush(heap, (bounded.seconds, next(numbers), bounded.nbytes, leaf, None))
+            elif not self._accepted(group.layout(*group.recompute)):
+                counted.pruned += 1
+                if self.refused == MOST_REFUSED and not known.by_kind:
+                    break
             else:
                 candidate = self._price(group.layout(*group.recompute))
-                if candidate.estimate.fits:
+                if candidate.estimate.fits and self._accepted(candidate.layout):
                     known.add(candidate)
         return known
+
+    def _accepted(self, layout: Layout) -> bool:
+        if self.accepts is None or self.accepts(layout):
+            return True
+        self.refused += 1
+        return False
 
     def nearest(self, devices: int) -> Candidate | None:
         """Where nothing fits: the plan whose fullest device lacks the least."""

@@ -95,7 +95,8 @@ def no_plan(result) -> TersorError:
     """What to tell when a search found nothing."""
     space, devices = result.space, result.devices
     if result.nearest is None:
-        return TersorError(f"no layout for {devices} devices: {why_empty(space, devices)}", _other_choices(space))
+        hint = smaller_cluster(result) or _other_choices(space)
+        return TersorError(f"no layout for {devices} devices: {why_empty(space, devices)}", hint)
     estimate = result.nearest.estimate
     short = f"{size(estimate.short_bytes)} are lacking on one device" if estimate.short_bytes else estimate.explain[-1]
     hint = f"nearest is {named(result.nearest.layout)}: {describe_memory(result.nearest, result.pricer.limit)}"

@@ -17,6 +17,9 @@ from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.schedule.stages import balance
 
 GRAIN = 64  # parts of the longest block that times are rounded to, so that cuts are found once for many layouts
+RUN_AT_MOST = (
+    100_000  # forward blocks of a schedule that is run, which takes a few seconds; longer ones have small bubbles
+)
 
 
 class Candidate(NamedTuple):
@@ -59,7 +62,10 @@ class Pricer:
         return candidate
 
     def exact(self, candidate: Candidate) -> Candidate:
-        """With its schedule run block by block."""
+        """With its schedule run block by block, where it has RUN_AT_MOST blocks or fewer."""
+        layout = candidate.layout
+        if layout.pp == 1 or layout.pp * layout.chunks * candidate.estimate.micro_batches > RUN_AT_MOST:
+            return candidate
         return Candidate(candidate.layout, self.costs.estimate(candidate.layout, exact=True))
 
 

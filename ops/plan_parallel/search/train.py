@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tersor.formats.errors import TersorError
-from tersor.ops.plan_parallel.search.bound import BranchAndBound, Counted, Known, kind_of
+from tersor.ops.plan_parallel.search.bound import Accepts, BranchAndBound, Counted, Known, kind_of
 from tersor.ops.plan_parallel.search.pins import check_pins
 from tersor.ops.plan_parallel.search.price import Candidate, Pricer, StageCutter
 from tersor.ops.plan_parallel.search.space import Degrees, Legality, Space, divisors
 
 AS_FAST = 1.02  # times the best step: a plan on fewer devices that is no slower than this wastes none of them
-POOL = 4  # times as many plans as are asked for are kept, by closed forms, to have their schedules run
-CLOSED_FORM = 0.95  # of what closed forms say: no schedule that is run is taken to be faster than this
+POOL = 4  # times as many plans as are asked for are kept, one for each way to divide the devices and schedule
 ASSUMED_SCALING = 0.9  # of the arithmetic: fewer devices are not tried where the work alone, scaled so, takes too long
 
 
 @dataclass
 class SearchResult:
-    """`best`: the fastest plan of each way to divide the devices, best first, with schedules run block by block. `pareto`:
-    plans that no other beats in both memory and time, fastest first, by closed forms. `nearest`, when nothing fits: the plan that lacks the fewest bytes on its fullest
-    device, None when there is no layout at all. `fewer`: the plan on the fewest devices that is as fast as the best."""
+    """`best`: the fastest plan of each way to divide the devices, best first, with schedules run block by block
+    (Pricer.exact). `pareto`: plans that no other beats in both memory and time, fastest first, by closed forms. `nearest`,
+    when nothing fits: the plan that lacks the fewest bytes on its fullest device, None when there is no layout at all.
+    `fewer`: the plan on the fewest devices that is as fast as the best."""
 
     devices: int
     space: Space
@@ -53,9 +53,16 @@ def space_of(model, cluster, workload, pins: Mapping[str, object] | None = None,
 
 
 def search(
-    model, costs, cluster, workload, pins: Mapping[str, object] | None = None, top: int = 5, tiers=("gpu",)
+    model,
+    costs,
+    cluster,
+    workload,
+    pins: Mapping[str, object] | None = None,
+    top: int = 5,
+    tiers=("gpu",),
+    accepts: Accepts | None = None,
 ) -> SearchResult:
-    """The `top` plans, for all devices of the cluster or as many as are pinned.
+    """The `top` plans, for all devices of the cluster or as many as are pinned; of layouts that `accepts` takes.
 
     Raises TersorError where more devices are pinned than there are. Where nothing fits, or nothing divides, the result
     says so (`best` is empty); `explain.no_plan` has the words.
@@ -69,7 +76,7 @@ def search(
             f"{max(asked)} devices are pinned, {cluster.name} has {cluster.devices}",
             "pin fewer, or give a larger cluster",
         )
-    results = [search_space(pricer, space, devices, POOL * top) for devices in asked]
+    results = [search_space(pricer, space, devices, POOL * top, accepts) for devices in asked]
     for result in results:
         result.best = run_schedules(pricer, result.best, top)
     result = min(results, key=lambda found: found.best[0].rank if found.best else (math.inf,))
@@ -80,23 +87,30 @@ def search(
 
 
 def run_schedules(pricer: Pricer, pool: list[Candidate], top: int) -> list[Candidate]:
-    """The `top` of plans that are sorted by their closed forms, one of each way to divide the devices, by the time that
-    their schedules take when they are run. Those that then take more memory than there is are left out."""
+    """The first `top` of plans that are sorted by their closed forms, one of each way to divide the devices, with their
+    schedules run, in the order that this gives them. Those that turn out not to fit are left out."""
     best: dict[Degrees, Candidate] = {}
     for candidate in pool:
-        if len(best) >= top:
-            last = sorted(plan.estimate.step_seconds for plan in best.values())[top - 1]
-            if CLOSED_FORM * candidate.estimate.step_seconds > last:
-                break
-        exact, degrees = pricer.exact(candidate), kind_of(candidate.layout)[0]
-        if exact.estimate.fits and (degrees not in best or exact.rank < best[degrees].rank):
-            best[degrees] = exact
-    return sorted(best.values() or pool, key=lambda plan: plan.rank)[:top]
+        degrees, _, _ = kind_of(candidate.layout)
+        if degrees not in best and len(best) < top:
+            exact = pricer.exact(candidate)
+            if exact.estimate.fits:
+                best[degrees] = exact
+    return sorted(best.values() or pool[:top], key=lambda plan: plan.rank)
 
 
-def search_space(pricer: Pricer, space: Space, devices: int, top: int = 5) -> SearchResult:
+def best_for(result: SearchResult, accepts: Accepts) -> Candidate | None:
+    """The fastest plan in the space of `result` that `accepts` takes."""
+    walk = BranchAndBound(result.pricer, result.space, accepts)
+    found = walk.fastest(result.devices, Known(1, with_front=False)).best()
+    return result.pricer.exact(found[0]) if found else None
+
+
+def search_space(
+    pricer: Pricer, space: Space, devices: int, top: int = 5, accepts: Accepts | None = None
+) -> SearchResult:
     """By closed forms: `best` has one plan of each way to divide the devices and schedule."""
-    walk = BranchAndBound(pricer, space)
+    walk = BranchAndBound(pricer, space, accepts)
     known = walk.fastest(devices, Known(top))
     result = SearchResult(devices, space, pricer, known.best(), known.pareto(), walk.counted)
     if not result.best:

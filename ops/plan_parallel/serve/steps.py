@@ -12,7 +12,7 @@ from math import ceil
 from typing import NamedTuple
 
 from tersor.formats.cluster import Cluster
-from tersor.ops.model.operators import ACTIVATION_BYTES, Attend, Linear, Norm, Operator, Pass, operators
+from tersor.ops.model.operators import ACTIVATION_BYTES, Attend, Linear, Operator, Pass
 from tersor.ops.model.roofline import bounded_seconds
 from tersor.ops.model.stored import Stored
 from tersor.ops.plan_parallel.communication.links import Links
@@ -95,7 +95,7 @@ class Steps:
         key = (layout.tp, layout.pp, layout.dp, layout.ep, layout.etp, instance.dcp)
         if key not in self._stages:
             seconds = [sum(self._piece(number, instance, self.typical)) for number in self.model.signatures]
-            self._stages[key] = balance(seconds, [0.0] * len(seconds), layout.pp)
+            self._stages[key] = balance(seconds, [0.0] * len(seconds), layout.pp, least_at_ends=1)
         return self._stages[key]
 
     def placed(self, instance: Instance) -> list[Stage]:
@@ -122,7 +122,9 @@ class Steps:
         if key in self._times:
             return self._times[key]
         piece, parts, mixture = self.first[number], [0.0] * len(PARTS), False
-        for operator in self._operators_of(number):
+        if number not in self._operators:
+            self._operators[number] = piece_operators(self.model, piece)
+        for operator in self._operators[number]:
             mixture = mixture or bool(isinstance(operator, Linear) and operator.experts)
             flops, nbytes = self._share(operator, piece, instance, run)
             seconds, bound = bounded_seconds(flops, nbytes, operator, self.cluster.hardware)
@@ -134,17 +136,6 @@ class Steps:
         parts[EXPERTS] = self._experts(layout, run) if mixture else 0.0
         self._times[key] = tuple(parts)
         return self._times[key]
-
-    def _operators_of(self, number: int) -> list[Operator]:
-        if number not in self._operators:
-            model, piece = self.model, self.first[number]
-            if piece.kind == BACK and model.facts.tied:  # the head has no tensor of its own
-                norms = [model.stored[name].shape[0] for name in piece.weights if model.kinds[name] == "norms"]
-                heads = [one for one in operators(model.facts, model.stored) if one.kind == "head"]
-                self._operators[number] = [*heads, *(Norm(1, width) for width in norms)]
-            else:
-                self._operators[number] = piece_operators(model, piece)
-        return self._operators[number]
 
     def _share(self, operator: Operator, piece: Piece, instance: Instance, run: Pass) -> tuple[float, float]:
         """(FLOPs, bytes moved) of one rank."""
