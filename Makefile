@@ -75,6 +75,11 @@ bench: $(SMOLLM2)/config.json $(PEERS_READY) bench-kernels
 	$(BIN)/python benchmarks/prune_vs_llmcompressor.py --peer-python $(PEER_PYTHON) --model $(SMOLLM2) --peer-dtype float32
 	$(BIN)/python benchmarks/prune_structured.py --model $(SMOLLM2)
 	$(BIN)/python benchmarks/sparsify_size.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/distill_speed.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/distill_recovery.py --model $(SMOLLM2)
+	$(BIN)/python benchmarks/plan_search.py
+	$(BIN)/python benchmarks/plan_fit.py
+	$(BIN)/python benchmarks/reshard_speed.py
 	$(BIN)/python benchmarks/profile_headers.py
 	$(BIN)/python benchmarks/profile_measured.py --model $(SMOLLM2)
 	$(BIN)/python benchmarks/profile_suggest.py --model $(SMOLLM2) --methods rtn

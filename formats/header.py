@@ -145,9 +145,11 @@ def _entry(file: Path, name: str, entry: object, start: int) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
 
 
-def build_header(layout: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+def build_header(
+    layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """Header bytes for tensors laid out in the given order, and the absolute file offset of each tensor."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     begin, offsets = 0, {}
     for name, (dtype, shape) in layout.items():
         end = begin + tensor_bytes(dtype, shape)

@@ -114,6 +114,16 @@ def disk_errors(path: Path):
         ) from error
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Room on the disk for a file of so many bytes, so that one that is full shows now."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)  # a file system that cannot reserve: a full disk then shows while writing
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -15,7 +15,6 @@ list means that number in `files`.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -23,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tersor.formats.errors import TersorError
-from tersor.formats.header import DTYPE_BYTES, tensor_bytes
+from tersor.formats.header import DTYPE_BYTES, build_header, tensor_bytes
 from tersor.formats.json_file import read_object
-from tersor.formats.output import disk_errors
+from tersor.formats.output import disk_errors, reserve
 
 SCHEMA = "tersor.shards/1"
 FILE_NAME = "shards.json"
@@ -178,30 +177,13 @@ def create_file(
 
     Raises TersorError when the disk is too small.
     """
-    entries: dict[str, object] = {"__metadata__": metadata}
-    begin, offsets = 0, {}
-    for name, (dtype, shape) in layout.items():
-        end = begin + tensor_bytes(dtype, shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        offsets[name] = begin
-        begin = end
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
-    start = 8 + len(raw)
+    header, offsets = build_header(layout, metadata)
+    size = len(header) + sum(tensor_bytes(*entry) for entry in layout.values())
     with disk_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            _reserve(descriptor, start + begin)
-            os.pwrite(descriptor, len(raw).to_bytes(8, "little") + raw, 0)
+            reserve(descriptor, size)
+            os.pwrite(descriptor, header, 0)
         finally:
             os.close(descriptor)
-    return {name: start + offset for name, offset in offsets.items()}, start + begin
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)  # a file system that cannot reserve: a full disk then shows while writing
+    return offsets, size

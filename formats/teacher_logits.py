@@ -14,7 +14,6 @@ torch is imported where tensors are handled.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.header import read_header, tensor_bytes
-from tersor.formats.output import disk_errors
+from tersor.formats.output import disk_errors, reserve
 
 if TYPE_CHECKING:
     import torch
@@ -136,12 +135,10 @@ class TeacherLogitsWriter:
         with disk_errors(self.partial):
             os.ftruncate(self._file, 0)
             try:
-                os.posix_fallocate(self._file, 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    self.partial.unlink(missing_ok=True)
-                    raise
-                os.ftruncate(self._file, size)  # a file system that cannot reserve
+                reserve(self._file, size)
+            except OSError:
+                self.partial.unlink(missing_ok=True)
+                raise
 
     def _put(self, offset: int, data: bytes | memoryview) -> None:
         done = 0

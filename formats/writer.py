@@ -7,7 +7,6 @@ that was never interrupted, and a disk that is too small is noticed before the w
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from tersor.formats.checkpoint import INDEX_NAME, Checkpoint
 from tersor.formats.header import SAFETENSORS_DTYPES, TORCH_DTYPES, build_header, tensor_bytes
 from tersor.formats.journal import Journal
-from tersor.formats.output import commit, disk_errors, partial_path
+from tersor.formats.output import commit, disk_errors, partial_path, reserve
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +75,8 @@ class CheckpointWriter:
                 descriptor = os.open(self.partial / file, os.O_RDWR | os.O_CREAT, 0o644)
                 self._descriptors.append(descriptor)
                 if os.fstat(descriptor).st_size != size:
-                    _reserve(descriptor, size)
+                    os.ftruncate(descriptor, 0)
+                    reserve(descriptor, size)
                 os.pwrite(descriptor, header, 0)
             self._place |= {name: (descriptor, offset) for name, offset in offsets.items()}
         if len(shards) > 1:
@@ -201,13 +201,3 @@ def _assign_shards(layout: Layout, max_shard_bytes: int) -> list[Layout]:
         shards[-1][name] = entry
         room -= nbytes
     return shards
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    os.ftruncate(descriptor, 0)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)  # a file system that cannot reserve: a full disk then shows while writing

@@ -95,12 +95,12 @@ def _memory(estimate: Estimate, timeline: Timeline | None, cluster: Cluster) -> 
 
 def _others(document: dict, result: SearchResult) -> Section:
     rows = [
-        [plan["layout"], latency(plan["step_seconds"]), size(plan["peak_bytes"]), plan["why"]]
+        [plan["layout"], plan["why"], latency(plan["step_seconds"]), size(plan["peak_bytes"])]
         for plan in document["others"]
     ]
     items: list = []
     if rows:
-        items.append(Table("Other ways to divide the devices", ["layout", "a step", "memory", "why it lost"], rows))
+        items.append(Table("Other ways to divide the devices", ["layout", "why it lost", "a step", "memory"], rows, 2))
     changed = [[choice, what] for choice, what in document["neighbours"].items()]
     if changed:
         items.append(Table("One choice changed", ["choice", "what it would do"], changed, numeric_from=2))
@@ -147,15 +147,15 @@ def serving(result, sentences: list[str], document: dict) -> list[Section]:
     sections = [Section("The plan", [Table("Instances", columns, groups), Notes(sentences)], lead)]
     rows = [
         [
-            other["layout"], latency(other["ttft_seconds"]), latency(other["tpot_seconds"]),
-            number(other["requests_per_second"]), str(other["devices"]), other["why"],
+            other["layout"], other["why"], latency(other["ttft_seconds"]), latency(other["tpot_seconds"]),
+            number(other["requests_per_second"]), str(other["devices"]),
         ]
         for other in document["others"]
     ]  # fmt: skip
     items: list = []
     if rows:
-        columns = ["plan", "first token", "next tokens", "requests/s", "devices", "why it lost"]
-        items.append(Table("Other plans", columns, rows))
+        columns = ["plan", "why it lost", "first token", "next tokens", "requests/s", "devices"]
+        items.append(Table("Other plans", columns, rows, 2))
     if len(document["pareto"]) > 1:
         points = [
             (point["tpot_seconds"], point["tokens_per_second_per_device"], point["layout"])

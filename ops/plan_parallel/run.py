@@ -197,8 +197,7 @@ def _cluster(cluster: Cluster) -> dict:
 
 def _page(report: Report, planned: Planned, cluster: Cluster) -> str:
     numbers = planned.numbers
-    devices = f"{cluster.devices:,} × {cluster.hardware.name}"
-    tiles = [("Plan", numbers["layout"], devices)]
+    tiles = [("Devices", f"{cluster.devices:,}", cluster.hardware.name)]
     if numbers["mode"] == "train":
         tiles += [
             ("A step", latency(numbers["step_seconds"]), "predicted"),

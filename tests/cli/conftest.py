@@ -20,28 +20,18 @@ def each_command(model: Path, quantized: Path, text: Path, out: Path) -> dict[st
     return {
         "convert": ["convert", quantized, "-o", out, "--to", "gptq"],
         "distill": [
-            "distill",
-            model,
-            "--teacher",
-            model,
-            "-o",
-            out,
-            "--data",
-            text,
-            "--steps",
-            2,
-            "--batch",
-            2,
-            "--seq-len",
-            32,
+            "distill", model, "--teacher", model, "-o", out, "--data", text, "--steps", 2, "--batch", 2, "--seq-len", 32,
         ],
         "evaluate": ["evaluate", quantized, "--text", text, "--seq-len", 32, "--max-windows", 2],
+        "plan-parallel": [
+            "plan-parallel", model, "-o", out, "--cluster", "2xh100", "--global-batch", 4, "--seq-len", 64,
+        ],
         "profile": ["profile", quantized, "-o", out],
         "prune": ["prune", model, "-o", out, "--method", "magnitude"],
         "quantize": ["quantize", model, "-o", out, "--group-size", 32],
         "sparsify": ["sparsify", model, "-o", out, "--pattern", "2:4"],
         "verify": ["verify", quantized],
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_json(command, lines):
         assert (found["schema"], found["command"]) == ("tersor.report/1", command)
 
 
-@pytest.mark.parametrize("command", ["convert", "distill", "profile", "prune", "quantize", "sparsify"])
+@pytest.mark.parametrize("command", ["convert", "distill", "plan-parallel", "profile", "prune", "quantize", "sparsify"])
 def test_json_is_the_report_on_disk(command, lines, tmp_path):
     found = json.loads(run(*lines[command], "--json", "-q").stdout)
     assert found == json.loads((tmp_path / "out" / "report.json").read_text())

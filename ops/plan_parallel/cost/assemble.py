@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tersor.formats.units import size
+from tersor.formats.units import number
 from tersor.ops.plan_parallel.cost.memory import Memory, gathered_buffers, in_flight
 from tersor.ops.plan_parallel.cost.offload import Offload, plan_offload
 from tersor.ops.plan_parallel.cost.pipeline import send_share, step_seconds
@@ -87,7 +87,7 @@ def assemble(costs: Costs, layout: Layout, exact: bool) -> Estimate:
         bound_by="memory" if not fits else max(parts, key=parts.get),
         peak_bytes=peak,
         short_bytes=short,
-        explain=_explain(costs, layout, slowest, memories, flying, micro_batches, offload, obstacle),
+        explain=_explain(costs, layout, slowest, flying, micro_batches, offload, obstacle),
         micro_batches=micro_batches,
         send_seconds=send,
         offload=offload,
@@ -205,19 +205,13 @@ def _offload(
     )  # fmt: skip
 
 
-def _explain(costs, layout, slowest, memories, flying, micro_batches, offload, obstacle) -> list[str]:
+def _explain(costs, layout, slowest, flying, micro_batches, offload, obstacle) -> list[str]:
     lines = []
     if layout.pp > 1:
         lines.append(
             f"{micro_batches} micro-batches over {layout.pp} pipeline ranks; rank {slowest} is the slowest, rank 0 holds "
-            f"{flying[0]:g} micro-batches at once"
+            f"{number(flying[0])} micro-batches at once"
         )
-    fullest = max(range(len(memories)), key=lambda rank: memories[rank].total)
-    memory = memories[fullest]
-    lines.append(
-        f"pipeline rank {fullest} is the fullest: {size(memory.states)} of states, {size(memory.activations)} of activations, "
-        f"{size(memory.logits)} of logits"
-    )
     per_node = costs.cluster.devices_per_node
     for axis, what in (("tp", "tensor"), ("ep", "expert")):
         if getattr(layout, axis) > 1 and costs.links.span(layout, axis)[1] > 1:
