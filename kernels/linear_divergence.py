@@ -16,7 +16,7 @@ from tersor.kernels.divergence import CLOSE, KINDS, divergence_rows_, top_k_dive
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_BUDGET, GPU_BUDGET = 64 << 20, 512 << 20  # bytes of one chunk of logits, student's and teacher's together
+CPU_BUDGET, GPU_BUDGET = 128 << 20, 512 << 20  # bytes of one chunk of logits, student's and teacher's together
 
 # ---------------------------------------------------------------- chunks of tokens
 
@@ -147,7 +147,7 @@ def linear_divergence(
 
     Gradients reach `hidden`, `weight` and `bias`, once; the losses in the dict are numbers. Arithmetic is float32 (float64
     for float64); on a GPU 16-bit products round the gradient of a chunk of logits to 16 bits. `budget_bytes`: of a chunk
-    of both logits; default 64 MiB on a CPU, 512 MiB on a GPU. A CPU keeps float32 copies of 16-bit weights meanwhile.
+    of both logits; default 128 MiB on a CPU, 512 MiB on a GPU. A CPU keeps float32 copies of 16-bit weights meanwhile.
     Raises ValueError when shapes disagree, and RuntimeError at a second backward pass."""
     terms = _checked_terms(terms, KINDS, beta, temperature)
     alone = set(terms) == {"next_token"}

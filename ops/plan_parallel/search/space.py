@@ -7,7 +7,8 @@ Any whole degree that divides is tried. Rules of two kinds leave layouts out. Wh
   - more interleaved chunks than bring the bubble down to SMALL_BUBBLE, as every chunk sends once more;
   - GPipe, which has the bubble of 1F1B and keeps all micro-batches;
   - a pipeline schedule other than 1F1B, or chunks, on a pipeline of one rank;
-  - ZeRO where there is one rank to cut over, and replicas of shards other than one per node.
+  - ZeRO where there is one rank to cut over, and replicas of shards other than one per node;
+  - ZeRO 3 with a zero-bubble schedule, whose split backward pass gathers the weights once more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tersor.ops.plan_parallel.search.pins import TIERS, Pins
 MIN_CONTEXT = 4096  # tokens that a context-parallel rank keeps at least, for its attention to cover the exchange
 SMALL_BUBBLE = 0.01  # of a step
 ALL_ZERO = (0, 1, 2, 3)
+ZERO_BUBBLE = ("zb-h1", "zbv")
 
 
 class Degrees(NamedTuple):
@@ -100,6 +102,8 @@ class Space:
                     if stages and (len(stages) != degrees.pp * chunks or sum(stages) != self.layers):
                         continue
                     for zero, replicate in self._shards(degrees):
+                        if zero == 3 and schedule in ZERO_BUBBLE and not {"zero", "schedule"} <= self.pins.keys():
+                            continue  # and with FSDP2 gradients get lost (torch 2.13)
                         for offload, tier in self._offload():
                             yield Group(
                                 degrees,
