@@ -39,7 +39,7 @@ def verify(
 
                 result = verify_plan(Path(path), against, progress)
                 compared = "the hashes they were written with" if result.against is None else str(result.against)
-                sound = f"a plan; {result.files} files of shards hold {result.tensors} tensors, as does {compared}"
+                sound = f"a plan; {result.files} files of shards hold {result.tensors} tensors, equal to {compared}"
                 sound = sound if result.files else "a plan without shards"
                 numbers = {
                     "shard_files": result.files,

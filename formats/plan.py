@@ -5,10 +5,10 @@
     cluster    name, nodes, devices_per_node, hardware
     workload   what the plan is for, by field
     layout     degrees and choices, by field; `stages` has the blocks of every stage
-    ranks      the device of each rank, where that is not simply its number
+    ranks      the device of each rank, where that is not simply its number; to serve by role, as `layouts`
     predicted  times in seconds, bytes, what bounds the plan, sentences that explain it
     others     other plans that were looked at, best first, and why each of them lost
-    pareto     plans that no other beats in both time and memory
+    pareto     plans that no other beats in both time and memory, by closed forms: schedules are not run block by block
 
 The exports beside it are for runtimes; `shards/` is there where --shard was given.
 """
@@ -33,10 +33,11 @@ def write_plan(folder: Path, plan: dict) -> None:
     (folder / FILE).write_text(text, "utf-8", "backslashreplace")
 
 
-def is_plan(folder: Path) -> bool:
-    """Whether a folder is one that holds a plan. Never raises."""
+def is_plan(path: Path) -> bool:
+    """Whether a folder holds a plan, or this is its plan.json. Never raises."""
+    file = path if path.name == FILE else path / FILE
     try:
-        return read_object(folder / FILE, WAY_OUT).get("schema") == SCHEMA
+        return read_object(file, WAY_OUT).get("schema") == SCHEMA
     except TersorError:
         return False
 
@@ -52,6 +53,11 @@ def read_plan(path: Path) -> dict:
     for key, kind in REQUIRED.items():
         if not isinstance(plan.get(key), kind):
             raise TersorError(f"{file}: {key} is {plan.get(key)!r}", "the file was changed; plan again")
+    shards = plan.get("shards") or []
+    if not isinstance(shards, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("folder"), str) for entry in shards
+    ):
+        raise TersorError(f"{file}: shards is {shards!r}", "the file was changed; plan again")
     for key in ("path", "fingerprint"):
         if not isinstance(plan["model"].get(key), str):
             raise TersorError(f"{file}: model.{key} is {plan['model'].get(key)!r}", "the file was changed; plan again")

@@ -109,7 +109,7 @@ def _others(document: dict, result: SearchResult) -> Section:
         items.append(Notes(asked))
     if len(document["pareto"]) > 1:
         points = [(plan["step_seconds"], plan["peak_bytes"], plan["layout"]) for plan in document["pareto"]]
-        note = "Plans that no other beats in both time and memory."
+        note = "Plans that no other beats in both time and memory; times before schedules are run block by block."
         items.append(
             Plot(
                 "Time against memory",

@@ -85,13 +85,14 @@ def _fill(
 ) -> None:  # fmt: skip
     """Everything that stands in the output, `planned` completed by what is made here."""
     document, sections, numbers = planned.document, planned.sections, planned.numbers
-    described = {"path": str(model.checkpoint.path), "fingerprint": model.checkpoint.fingerprint()}
+    described = {"path": str(model.checkpoint.path.absolute()), "fingerprint": model.checkpoint.fingerprint()}
     if request.routing is not None:
         layout = next(reversed(planned.layouts.values()))  # of the decoding side, where they are apart
         model, document["experts"] = reorder_experts(
             request.routing, model, layout, links, folder / "model", request.seed
         )
-        described = {"path": str(request.output / "model"), "fingerprint": model.checkpoint.fingerprint()}
+        model.checkpoint.path = request.output / "model"  # its name once all is written; files are known by theirs
+        described = {"path": str(model.checkpoint.path.absolute()), "fingerprint": model.checkpoint.fingerprint()}
         sections.append(page.experts(document["experts"]))
     written = {}
     for role, layout in planned.layouts.items():
@@ -103,7 +104,7 @@ def _fill(
     document["exports"] = written
     sections.append(page.exports(written))
     if request.shard:
-        document["shards"] = _shards(folder, request, model, planned, source, described, progress)
+        document["shards"] = _shards(folder, request, model, planned, source, progress)
         numbers["shards"] = "; ".join(
             f"{entry['files']:,} files, {size(entry['bytes'])}" for entry in document["shards"]
         )
@@ -133,7 +134,7 @@ def _fill(
 
 
 def _shards(
-    folder: Path, request: Request, model: PlanModel, planned: Planned, source: Path | None, described: dict, progress: Progress
+    folder: Path, request: Request, model: PlanModel, planned: Planned, source: Path | None, progress: Progress
 ) -> list[dict]:  # fmt: skip
     """Writes them; a line of numbers for each layout."""
     from tersor.ops.plan_parallel.shards.write import write_shards
@@ -143,9 +144,6 @@ def _shards(
         place = folder / role / SHARDS
         place.parent.mkdir(exist_ok=True)
         index = write_shards(model, layout, place, request.shard_format, source, progress)
-        if request.routing is not None:  # cut from the checkpoint in the output, which has no name yet
-            index.source = described
-            index.save(place)
         nbytes = sum(index.file_bytes)
         found.append(
             {"folder": str(Path(role) / SHARDS), "format": index.format, "files": len(index.files), "bytes": nbytes}

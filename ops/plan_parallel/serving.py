@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from tersor.formats.cluster import Cluster
 from tersor.formats.errors import TersorError
 from tersor.ops.plan_parallel import page
 from tersor.ops.plan_parallel.communication.links import Links
-from tersor.ops.plan_parallel.layout import Layout
+from tersor.ops.plan_parallel.export.write import accepted_by
 from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.planned import Planned
 from tersor.ops.plan_parallel.request import Request
 from tersor.ops.plan_parallel.search.pins import Pins
-from tersor.ops.plan_parallel.serve.plan import TOGETHER, Group, why_lost
-from tersor.ops.plan_parallel.serve.search import ServeResult, no_plan, search, why_not
+from tersor.ops.plan_parallel.serve.instance import devices_of, first_devices
+from tersor.ops.plan_parallel.serve.plan import TOGETHER, ServePlan, why_lost
+from tersor.ops.plan_parallel.serve.search import no_plan, search, why_not, written_out
 
 TRAINING_ONLY = {"measured": "--measured", "map_ranks": "--map"}
 
@@ -25,7 +26,8 @@ def plan_serving(request: Request, model: PlanModel, cluster: Cluster, links: Li
         if getattr(request, field):
             raise TersorError(f"{option} is for training plans", "leave it out, or use --mode train")
     workload = request.workload
-    result = search(model, cluster, links, workload, pins, request.top)
+    accepts = None if request.runtime == "any" else accepted_by(request.runtime, model, workload, cluster)
+    result = search(model, cluster, links, workload, pins, request.top, accepts=accepts)
     if not result.best:
         raise no_plan(result)
     best, *others = result.best
@@ -35,11 +37,14 @@ def plan_serving(request: Request, model: PlanModel, cluster: Cluster, links: Li
         memory.holding(group.operating.batch) for group in best.groups for memory in result.costs.memory(group.instance)
     )
     layouts = {
-        "" if best.kind == TOGETHER else group.operating.role: _written_out(group, result) for group in best.groups
+        # all instances of a group as one layout
+        "" if best.kind == TOGETHER else group.operating.role: written_out(group.layout, group.instance, result.costs)
+        for group in best.groups
     }
     document = {
         "layout": asdict(next(iter(layouts.values()))),
         "layouts": {role: asdict(layout) for role, layout in layouts.items()},
+        "ranks": dict(zip(layouts, _devices(best, cluster), strict=True)),
         "predicted": best.numbers() | {"explained": sentences},
         "others": [
             other.numbers() | {"layout": other.describe(), "why": why_lost(best, other, workload)} for other in others
@@ -64,7 +69,8 @@ def plan_serving(request: Request, model: PlanModel, cluster: Cluster, links: Li
     return Planned(layouts, document, numbers, page.serving(result, sentences, document))
 
 
-def _written_out(group: Group, result: ServeResult) -> Layout:
-    """All instances of a group as one layout, with the blocks of every stage."""
-    layout = group.layout
-    return replace(layout, stages=result.costs.steps.stages(group.instance)) if layout.pp > 1 else layout
+def _devices(plan: ServePlan, cluster: Cluster) -> list[list[int] | None]:
+    """Of the ranks of each group, None where they are simply counted."""
+    firsts = first_devices(cluster, [(group.instance.devices, group.replicas) for group in plan.groups])
+    found = [devices_of(group.instance, first) for group, first in zip(plan.groups, firsts, strict=True)]
+    return [None if devices == list(range(len(devices))) else devices for devices in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from tersor.formats.cluster import Cluster
+from tersor.formats.errors import TersorError
 from tersor.formats.units import latency
 from tersor.ops.plan_parallel import page
 from tersor.ops.plan_parallel.communication.links import Links
@@ -13,13 +14,14 @@ from tersor.ops.plan_parallel.communication.messages import message_bytes
 from tersor.ops.plan_parallel.cost.measured import read_measured
 from tersor.ops.plan_parallel.cost.memory import even_stages
 from tersor.ops.plan_parallel.cost.step import Costs, Estimate
-from tersor.ops.plan_parallel.export.write import accepted_by
+from tersor.ops.plan_parallel.export.common import Unsupported
+from tersor.ops.plan_parallel.export.write import accepted_by, export
 from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.planned import Planned
 from tersor.ops.plan_parallel.request import RUNTIMES, Request
 from tersor.ops.plan_parallel.schedule.pipeline import Timeline, build, simulate
-from tersor.ops.plan_parallel.search.compare import changes, why_slower
+from tersor.ops.plan_parallel.search.compare import changes, named, why_slower
 from tersor.ops.plan_parallel.search.explain import explain, neighbours, no_plan, why_not
 from tersor.ops.plan_parallel.search.pins import Pins
 from tersor.ops.plan_parallel.search.price import Candidate
@@ -28,13 +30,18 @@ from tersor.ops.plan_parallel.search.train import SearchResult, best_for, search
 
 def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: Links, pins: Pins) -> Planned:
     """Raises TersorError, with the nearest plan and what it lacks, where nothing fits."""
+    if request.map_ranks and cluster.bandwidth is None:
+        raise TersorError(
+            f"--map: {cluster.name} has no bandwidth matrix to place ranks by",
+            "give a cluster file with `bandwidth`, or leave --map out",
+        )
     workload = request.workload
     measured = None if request.measured is None else read_measured(request.measured, model, cluster.hardware)
     costs = Costs(model, cluster, links, workload, request.convention, measured)
     accepts = None if request.runtime == "any" else accepted_by(request.runtime, model, workload, cluster)
     result = search(model, costs, cluster, workload, pins, request.top, request.tiers, accepts)
     if not result.best:
-        raise no_plan(result)
+        raise _refused(request, model, cluster, result)
     best, *others = result.best
     layout = written_out(best.layout, model)
     mapping = None
@@ -69,6 +76,17 @@ def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: L
     }
     planned.sections = page.training(best, result, timeline, sentences, planned.document, cluster)
     return planned
+
+
+def _refused(request: Request, model: PlanModel, cluster: Cluster, result: SearchResult) -> TersorError:
+    """Why there is no plan: none fits, or none that does is one the runtime can run."""
+    nearest = result.nearest
+    if request.runtime == "any" or nearest is None or not nearest.estimate.fits:
+        return no_plan(result)
+    found = export(request.runtime, model, nearest.layout, request.workload, cluster)
+    why = f", for example {named(nearest.layout)}: {'; '.join(found.reasons)}" if isinstance(found, Unsupported) else ""
+    hint = f"leave --for {request.runtime} out" + (", or pin fewer choices" if result.space.pins else "")
+    return TersorError(f"{request.runtime} can run none of the plans that fit on {result.devices} devices{why}", hint)
 
 
 def written_out(layout: Layout, model: PlanModel) -> Layout:

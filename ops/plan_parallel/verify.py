@@ -36,7 +36,7 @@ def verify_plan(path: Path, against: str | None = None, progress: Progress = lam
     source = _source(plan, path, against)
     result.against = None if source is None else source.path
     for entry in plan.get("shards") or []:
-        folder = path / str(entry["folder"])
+        folder = (path if path.is_dir() else path.parent) / entry["folder"]
         index = ShardIndex.load(folder)
         result.tensors += len(index.tensors)
         result.files += len(index.files)

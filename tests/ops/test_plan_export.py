@@ -303,6 +303,13 @@ def test_vllm_takes_the_arguments(name, layout, model, tmp_path):
     subprocess.run(["bash", "-n", tmp_path / "run.sh"], check=True)
 
 
+def test_vllm_starts_one_server_for_each_instance_of_a_mixture(model):
+    """Data-parallel ranks of one vLLM share their experts, those of several instances do not."""
+    found = export("vllm", model("mixtral"), Layout(tp=2, pp=2, dp=6, ep=4), SERVE)
+    assert "--data-parallel-size 2" in found.files["vllm.sh"] and "3 equal servers" in found.notes[0]
+    assert not export("vllm", model("mixtral"), Layout(tp=2, dp=4, ep=8), SERVE).notes
+
+
 # --- transformers and FSDP2 -------------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,12 @@ from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.cluster import load_cluster
 from tersor.formats.errors import TersorError
 from tersor.ops.plan_parallel.communication.links import Links
+from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.request import Workload
 from tersor.ops.plan_parallel.search.space import Legality
 from tersor.ops.plan_parallel.serve.disaggregated import Apart, packs
-from tersor.ops.plan_parallel.serve.instance import instances
+from tersor.ops.plan_parallel.serve.instance import Instance, devices_of, first_devices, instances
 from tersor.ops.plan_parallel.serve.plan import APART, TOGETHER, rank
 from tersor.ops.plan_parallel.serve.rates import Limits, both, decode, prefill
 from tersor.ops.plan_parallel.serve.search import no_plan, search, why_not
@@ -197,6 +198,28 @@ def test_pins_hold(model):
         plans(model, "8b", pins={"devices": (16,)})
     empty = plans(model, "8b", pins={"tp": (5,)})
     assert empty.nearest is None and "laid out" in str(no_plan(empty))
+
+
+def test_what_no_degree_allows_is_named(model):
+    assert "heads" in str(no_plan(plans(model, "8b", pins={"tp": (3,)}, where=load_cluster("6xh100"))))
+    assert "32" in str(no_plan(plans(model, "8b", pins={"pp": (40,)}, where=load_cluster("8x8xh100"))))
+    assert "dp=9" in str(no_plan(plans(model, "8b", pins={"dp": (9,)})))
+
+
+def test_only_what_the_runtime_takes(model):
+    found, where = model("8b"), load_cluster("8xh100")
+    given = (found, where, Links(where), Workload(mode="serve"), None, 5, legality(found))
+    best = search(*given, accepts=lambda layout: layout.tp == 4 and layout.dp == 1).best
+    assert best and all(group.layout.tp == 4 and group.replicas == 1 for plan in best for group in plan.groups)
+    none = search(*given, accepts=lambda layout: False)
+    assert not none.best and "runtime" in str(no_plan(none))
+
+
+def test_instances_lie_on_devices_of_one_node():
+    where = load_cluster("2x8xh100")
+    small, large = first_devices(where, [(2, 3), (8, 1)])
+    assert (small, large) == ([8, 10, 12], [0])
+    assert devices_of(Instance(Layout(tp=1, pp=2)), small) == [8, 10, 12, 9, 11, 13]
 
 
 def test_experts_are_shared_by_many_ranks_of_latent_attention(model):

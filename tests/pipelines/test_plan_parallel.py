@@ -84,6 +84,9 @@ def test_every_runtime_gets_a_plan_that_it_can_run(family, tmp_path):
     assert "files" in plan["exports"]["deepspeed"] and "layout" not in plan["exports"]["deepspeed"]
     refused = run("plan-parallel", family("mixtral"), "-o", tmp_path / "S", *SMALL, "--for", "vllm", "-q")
     assert_refused(refused, "vllm", "megatron")
+    options = ["--for", "deepspeed", "--fix", "cp=2", "-q"]
+    refused = run("plan-parallel", family("mixtral"), "-o", tmp_path / "S", *SMALL, *options)
+    assert_refused(refused, "deepspeed", "cp=2")
 
 
 def test_uneven_links_are_mapped(model, tmp_path):
@@ -120,6 +123,7 @@ def test_experts_are_placed_and_the_model_stays_the_same(family, tmp_path):
     assert found["after"]["cost"] <= found["before"]["cost"]
     ok("verify", out)
     ok("verify", out / "model")
+    assert not [file for file in (out / "exports").rglob("*.*") if "P.partial" in file.read_text()]
     before, after = (
         json.loads(run("evaluate", folder, "--text", _text(tmp_path), "--seq-len", 32, "--json", "-q").stdout)
         for folder in (model, out / "model")
@@ -198,6 +202,7 @@ def test_a_packed_model_is_refused_by_name(model, tmp_path):
         (["--tokens", "many"], ["many"]),
         (["--calibrate", "absent.json"], ["absent.json"]),
         (["--measured", "absent.json"], ["absent.json"]),
+        (["--map"], ["bandwidth"]),
         (["--from", "absent"], ["--shard"]),
         (["--from", "absent", "--shard"], ["absent"]),
         (["--experts", "absent.safetensors", "--fix", "ep=1"], ["experts"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 from tersor.formats.cluster import Cluster
 from tersor.ops.plan_parallel.export import common
@@ -16,6 +17,7 @@ NAME = "vLLM"
 
 def export(model: PlanModel, layout: Layout, workload: Workload, cluster: Cluster) -> Export:
     """`vllm.sh`. Raises Unsupported."""
+    plan, layout = layout, _instance(model, layout)
     common.require(NAME, _cases(model, layout, workload))
     nodes, each = common.nodes_of(layout, cluster)
     stages = common.stages_of(model, layout)
@@ -35,6 +37,11 @@ def export(model: PlanModel, layout: Layout, workload: Workload, cluster: Cluste
     if model.facts.cache_bytes_per_number == 1:
         options["kv-cache-dtype"] = "fp8"
     notes = []
+    if plan != layout:
+        notes.append(
+            f"This starts one of {plan.dp // layout.dp} equal servers: start one on the devices of each, with a port of its own, "
+            "and spread requests over them."
+        )
     if nodes > 1:
         if layout.dp > 1:
             options["data-parallel-size-local"] = max(1, each // (layout.tp * layout.pp * layout.cp))
@@ -44,7 +51,7 @@ def export(model: PlanModel, layout: Layout, workload: Workload, cluster: Cluste
         notes.append(f"{nodes} nodes: start a Ray cluster over them first, then this script on its head node.")
     if model.facts.experts and layout.dp > 1 and layout.ep == 1 and layout.etp > 1:
         notes.append("Without expert parallelism vLLM cuts experts over all tensor and data ranks.")
-    lines = ["#!/usr/bin/env bash", *common.headline(model, layout), *(f"# Note: {note}" for note in notes)]
+    lines = ["#!/usr/bin/env bash", *common.headline(model, plan), *(f"# Note: {note}" for note in notes)]
     lines.append("set -euo pipefail")
     if layout.pp > 1 and not common.is_even(stages):
         lines.append(f"export VLLM_PP_LAYER_PARTITION={','.join(map(str, stages))}")
@@ -52,6 +59,13 @@ def export(model: PlanModel, layout: Layout, workload: Workload, cluster: Cluste
     lines += [f"  {line} \\" for line in common.option_lines(options)]
     lines.append('  "$@"')
     return Export({"vllm.sh": "\n".join(lines) + "\n"}, notes)
+
+
+def _instance(model: PlanModel, layout: Layout) -> Layout:
+    """One of the instances of a mixture: data-parallel ranks of one vLLM share their experts."""
+    if not model.facts.experts or layout.cp > 1 or layout.dp % layout.edp:
+        return layout
+    return replace(layout, dp=layout.dp // layout.edp)
 
 
 def _cases(model: PlanModel, layout: Layout, workload: Workload) -> Cases:

@@ -96,7 +96,7 @@ def no_plan(result) -> TersorError:
     space, devices = result.space, result.devices
     if result.nearest is None:
         hint = smaller_cluster(result) or _other_choices(space)
-        return TersorError(f"no layout for {devices} devices: {why_empty(space, devices)}", hint)
+        return TersorError(f"no layout for {_devices(devices)}: {why_empty(space, devices)}", hint)
     estimate = result.nearest.estimate
     short = f"{size(estimate.short_bytes)} are lacking on one device" if estimate.short_bytes else estimate.explain[-1]
     hint = f"nearest is {named(result.nearest.layout)}: {describe_memory(result.nearest, result.pricer.limit)}"
@@ -105,7 +105,11 @@ def no_plan(result) -> TersorError:
         ways.append("--tiers gpu,cpu")
     if space.pins:
         ways.append("fewer pinned choices")
-    return TersorError(f"no plan fits on {devices} devices: {short}", f"{hint}; try {', '.join(ways)}")
+    return TersorError(f"no plan fits on {_devices(devices)}: {short}", f"{hint}; try {', '.join(ways)}")
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' * (count > 1)}"
 
 
 def _other_choices(space: Space) -> str:

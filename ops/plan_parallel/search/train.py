@@ -81,7 +81,7 @@ def search(
         result.best = run_schedules(pricer, result.best, top)
     result = min(results, key=lambda found: found.best[0].rank if found.best else (math.inf,))
     if "devices" not in space.pins:
-        result.fewer = fewer_devices(pricer, result)
+        result.fewer = fewer_devices(pricer, result, accepts)
     result.counted.seconds = time.perf_counter() - start
     return result
 
@@ -118,13 +118,13 @@ def search_space(
     return result
 
 
-def fewer_devices(pricer: Pricer, result: SearchResult) -> Candidate | None:
+def fewer_devices(pricer: Pricer, result: SearchResult, accepts: Accepts | None = None) -> Candidate | None:
     """The plan on the fewest devices that is as fast as the best on all of them: the model, or the batch, is too small
     for the cluster. Where all devices have no plan, the fastest plan on the most devices that have one."""
     space = result.space
     if not result.best:
         for devices in reversed(_smaller_counts(space, result.devices)):
-            found = BranchAndBound(pricer, space).fastest(devices, Known(1, with_front=False)).best()
+            found = BranchAndBound(pricer, space, accepts).fastest(devices, Known(1, with_front=False)).best()
             if found:
                 return pricer.exact(found[0])
         return None
@@ -133,7 +133,7 @@ def fewer_devices(pricer: Pricer, result: SearchResult) -> Candidate | None:
     for devices in _smaller_counts(space, result.devices):
         if best.parts.get("compute", 0.0) * result.devices / devices * ASSUMED_SCALING > cutoff:
             continue
-        found = BranchAndBound(pricer, space).fastest(devices, Known(1, cutoff, with_front=False)).best()
+        found = BranchAndBound(pricer, space, accepts).fastest(devices, Known(1, cutoff, with_front=False)).best()
         if found:
             exact = pricer.exact(found[0])
             if exact.estimate.fits and exact.estimate.step_seconds <= cutoff:

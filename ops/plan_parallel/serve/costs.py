@@ -54,11 +54,12 @@ class ServeCosts:
             )
         for name in ("prompt", "generate"):
             if getattr(workload, name) < 1:
-                raise TersorError(f"{name} is {getattr(workload, name)}", "it should be at least 1")
+                raise TersorError(f"--{name} is {getattr(workload, name)}", "it should be at least 1")
         for name in ("rate", "ttft_seconds", "tpot_seconds"):
             value = getattr(workload, name)
             if value is not None and not value > 0:
-                raise TersorError(f"{name} is {value}", "it should be above 0")
+                option = name.removesuffix("_seconds")
+                raise TersorError(f"--{option} is {value}", "it should be above 0")
         self.model, self.cluster, self.links, self.imbalance = model, cluster, links, imbalance
         self.prompt, self.generate = workload.prompt, workload.generate
         self.steps = Steps(model, cluster, links, self._token_pass(TYPICAL_BATCH), imbalance)

@@ -8,7 +8,7 @@ would hold copies of the same keys and values (vLLM's decode context parallelism
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,6 +45,38 @@ def fit_on(cluster: Cluster, devices: int, size: int) -> int:
     if size <= each:
         return devices // each * (each // size) + devices % each // size
     return devices // each // (size // each) if size % each == 0 else 0
+
+
+def first_devices(cluster: Cluster, groups: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Where the instances of each group begin, given as (devices of one, how many): larger ones first, and none over two
+    nodes that it does not fill."""
+    each, taken = cluster.devices_per_node, [0] * cluster.nodes
+    found: list[list[int]] = [[] for _ in groups]
+    for size, place, count in sorted(
+        ((size, place, count) for place, (size, count) in enumerate(groups)), reverse=True
+    ):
+        wide, inside = max(1, size // each), min(size, each)
+        for _ in range(count):
+            node = next(
+                first
+                for first in range(cluster.nodes - wide + 1)
+                if all(taken[node] + inside <= each for node in range(first, first + wide))
+            )
+            found[place].append(node * each + taken[node])
+            taken[node : node + wide] = [taken[node] + inside] * wide
+    return found
+
+
+def devices_of(instance: Instance, firsts: Sequence[int]) -> list[int]:
+    """The device of each rank, where all instances are one layout (`of_replicas`): its ranks count the first stage of all
+    of them before the second."""
+    inside = instance.devices // instance.layout.pp
+    return [
+        first + stage * inside + rank
+        for stage in range(instance.layout.pp)
+        for first in firsts
+        for rank in range(inside)
+    ]
 
 
 def instances(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil, inf
 
 from tersor.formats.cluster import Cluster
 from tersor.formats.errors import TersorError
-from tersor.formats.units import latency, size
+from tersor.formats.units import latency, number, size
 from tersor.ops.plan_parallel.communication.links import Links
+from tersor.ops.plan_parallel.layout import Layout
 from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.request import Workload
 from tersor.ops.plan_parallel.search.pins import Pins, parse_pins
@@ -23,6 +24,8 @@ from tersor.ops.plan_parallel.serve.rates import Limits, Operating, both
 
 SERVE_PINS = ("tp", "pp", "dp", "ep", "etp", "stages", "devices")
 SHOWN_BATCHES = tuple(2**power for power in range(11))
+
+Accepts = Callable[[Layout], bool]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Nearest:
 @dataclass
 class ServeResult:
     """`best` first, plans of both kinds; `pareto` by time between tokens, shortest first. `considered` instances, of which
-    `fitting` have room for a sequence. `nearest` when `best` is empty, None where no instance is possible at all."""
+    `fitting` have room for a sequence. `nearest` when `best` is empty, None where no instance is possible at all; `reason`
+    where it is neither memory nor a limit that leaves none. `accepts` is what the search was given."""
 
     costs: ServeCosts
     workload: Workload
@@ -63,6 +67,8 @@ class ServeResult:
     seconds: float = 0.0
     nearest: Nearest | None = None
     others: list[ServePlan] = field(default_factory=list)  # what came behind `best`
+    reason: str = ""
+    accepts: Accepts | None = None
 
     def explain(self, index: int = 0) -> list[str]:
         """Of the plan at this place of `best`."""
@@ -81,8 +87,10 @@ def search(
     top: int = 5,
     legal: Legality | None = None,
     imbalance: float = 1.0,
+    accepts: Accepts | None = None,
 ) -> ServeResult:
-    """Raises TersorError for a model that writes no text, and for pins that only training knows."""
+    """Of layouts that `accepts` takes. Raises TersorError for a model that writes no text, and for pins that only training
+    knows."""
     start, pins = time.perf_counter(), pins or {}
     for key in pins:
         if key not in SERVE_PINS:
@@ -97,29 +105,47 @@ def search(
 
         legal = Legality(legal_tp(model), legal_ep(model), legal_etp(model))
     costs = ServeCosts(model, cluster, links, workload, imbalance)
-    result = ServeResult(costs, workload, legal, pins, devices)
+    result = ServeResult(costs, workload, legal, pins, devices, accepts=accepts)
     candidates = list(instances(model, cluster, legal, pins, devices))
     fitting = [instance for instance in candidates if costs.room(instance)[0]]
     result.considered, result.fitting = len(candidates), len(fitting)
+    if accepts is not None and fitting:
+        fitting = [instance for instance in fitting if accepts(written_out(instance.layout, instance, costs))]
+        result.reason = "" if fitting else f"the runtime can run none of the {result.fitting:,} instances that fit"
     plans = [plan for instance in fitting for plan in _together(costs, cluster, instance, workload, pins, devices)]
     if "dp" not in pins and "stages" not in pins:  # which speak of one group
         plans += Apart(costs, cluster, workload, devices).plans(fitting)
+    if accepts is not None and plans:
+        plans = [
+            plan for plan in plans if all(accepts(written_out(one.layout, one.instance, costs)) for one in plan.groups)
+        ]
+        result.reason = "" if plans else "the runtime can run no plan of several instances"
     plans.sort(key=lambda plan: rank(plan, workload))
     result.best, result.others = plans[:top], plans[top:]
     result.pareto = pareto(costs, fitting)
     if not plans:
-        result.nearest = _nearest(costs, candidates, fitting, Limits.of(workload), workload)
+        result.nearest = _nearest(costs, candidates, fitting, Limits.of(workload), workload, devices)
+        if fitting and not any(_copies(cluster, instance, pins, devices) for instance in fitting):
+            result.reason = f"{devices} devices cannot be divided with dp={' or '.join(map(str, pins['dp']))}"
     result.seconds = time.perf_counter() - start
     return result
+
+
+def written_out(layout: Layout, instance: Instance, costs: ServeCosts) -> Layout:
+    """With the blocks of every stage, as those of `instance` are cut."""
+    return replace(layout, stages=costs.steps.stages(instance)) if layout.pp > 1 else layout
+
+
+def _copies(cluster: Cluster, instance: Instance, pins: Pins, devices: int) -> list[int]:
+    """How many of an instance there may be."""
+    counts = range(1, fit_on(cluster, devices, instance.devices) + 1)
+    return [count for count in counts if "dp" not in pins or count * instance.layout.dp in pins["dp"]]
 
 
 def _together(
     costs: ServeCosts, cluster: Cluster, instance: Instance, workload: Workload, pins: Pins, devices: int
 ) -> list[ServePlan]:
-    most, limits = fit_on(cluster, devices, instance.devices), Limits.of(workload)
-    counts = list(range(1, most + 1))
-    if "dp" in pins:
-        counts = [count for count in counts if count * instance.layout.dp in pins["dp"]]
+    counts, limits = _copies(cluster, instance, pins, devices), Limits.of(workload)
     if not counts:
         return []
     if workload.rate is None:
@@ -172,7 +198,12 @@ def pareto(costs: ServeCosts, fitting: Sequence[Instance]) -> list[Point]:
 
 
 def _nearest(
-    costs: ServeCosts, candidates: Sequence[Instance], fitting: Sequence[Instance], limits: Limits, workload: Workload
+    costs: ServeCosts,
+    candidates: Sequence[Instance],
+    fitting: Sequence[Instance],
+    limits: Limits,
+    workload: Workload,
+    devices: int,
 ) -> Nearest | None:
     if not candidates:
         return None
@@ -190,7 +221,14 @@ def _nearest(
     words = [f"{instance.describe()} is nearest: alone, a request waits {latency(ttft)} for its first token"]
     words.append(f"and {latency(tpot)} for each other")
     if excess(instance) <= 1 and workload.rate is not None:
-        words.append(f"but {workload.rate:g} requests a second are more than the devices carry")
+        carried = [
+            found.requests_per_second * fit_on(costs.cluster, devices, one.devices)
+            for one in fitting
+            if (found := both(costs, one, limits)) is not None
+        ]
+        words.append(
+            f"but of {workload.rate:g} requests a second the devices carry {number(max(carried, default=0.0))}"
+        )
     return Nearest(instance, 0.0, ttft, tpot, " ".join(words))
 
 
@@ -198,9 +236,14 @@ def no_plan(result: ServeResult) -> TersorError:
     """Why there is none, for the user."""
     costs = result.costs
     name = costs.cluster.name
-    if result.nearest is None:
+    if result.reason:
         return TersorError(
-            f"no instance of {costs.model.checkpoint.path} can be laid out on {name} with these choices",
+            f"no plan on {name}: {result.reason}", "pin fewer choices, or ask for another runtime (--for)"
+        )
+    if result.nearest is None:
+        why = _why_none(result)
+        return TersorError(
+            f"no instance of {costs.model.checkpoint.path} can be laid out on {name} with these choices{why}",
             "pin fewer choices; degrees divide heads, experts and the devices of a node",
         )
     if not result.fitting:
@@ -208,6 +251,23 @@ def no_plan(result: ServeResult) -> TersorError:
     return TersorError(
         f"no plan on {name} keeps to the limits: {result.nearest.text}", "relax --ttft, --tpot or --rate"
     )
+
+
+def _why_none(result: ServeResult) -> str:
+    """`: ` and the first rule that leaves no instance, '' where none does alone."""
+    pins, layers, each = result.pins, result.costs.model.facts.layers, result.costs.cluster.devices_per_node
+    for axis in ("tp", "ep", "etp"):
+        reasons = [result.legal.why_not(axis, degree) for degree in pins.get(axis, (1,))]
+        if all(reasons):
+            return f": {reasons[0]}"
+    tp, pp = (min(pins.get(axis, (1,))) for axis in ("tp", "pp"))
+    if pp > layers:
+        return f": pp={pp} needs as many blocks at least, there are {layers}"
+    if tp * pp > result.devices:
+        return f": tp={tp} times pp={pp} is more than the {result.devices} devices"
+    if tp * pp < each and each % (tp * pp):
+        return f": instances of tp={tp} times pp={pp} devices do not fill nodes of {each}"
+    return ""
 
 
 def why_not(text: str, result: ServeResult) -> str:
@@ -226,6 +286,7 @@ def why_not(text: str, result: ServeResult) -> str:
         1,
         result.legal,
         costs.imbalance,
+        result.accepts,
     )
     if not other.best:
         return f"{text}: {no_plan(other)}"
