@@ -40,7 +40,29 @@ def training(
     ]
     if timeline is not None:
         sections.insert(2, Section("Schedule", [draw.schedule(timeline)]))
+    if document["inside_blocks"]:
+        sections.insert(-1, _inside(document["inside_blocks"]))
     return sections
+
+
+def _inside(found: list[dict]) -> Section:
+    """How the operators of a block are cut over the tensor-parallel ranks."""
+    items: list = []
+    for kind in found:
+        blocks = kind["blocks"]
+        which = f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks, as block {blocks[0]}"
+        if kind["why"]:
+            items.append(Notes([f"{which}: {kind['why']}"]))
+            continue
+        columns = ["operator", "annotation", "cut along", "collectives before it"]
+        note = f"{latency(kind['seconds'])} a micro-batch, forward and backward, with collectives in the open."
+        items.append(Table(which.capitalize(), columns, kind["rows"], 4, note, folded=True))
+    lead = (
+        "The cheapest choice for all operators of a block together, found from what each may be cut along and the cheapest "
+        "collectives between them; no pattern is built in. Times of the plan are priced with Megatron-LM's pattern, and shards "
+        "follow the rules of the family: where this differs, it is what another runtime might gain."
+    )
+    return Section("Inside a block", items, lead)
 
 
 def _choice(layout: Layout, estimate: Estimate, sentences: list[str]) -> Section:

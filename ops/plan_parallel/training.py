@@ -26,6 +26,7 @@ from tersor.ops.plan_parallel.search.explain import explain, neighbours, no_plan
 from tersor.ops.plan_parallel.search.pins import Pins
 from tersor.ops.plan_parallel.search.price import Candidate
 from tersor.ops.plan_parallel.search.train import SearchResult, best_for, search
+from tersor.ops.plan_parallel.transform.inside import inside_blocks
 
 
 def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: Links, pins: Pins) -> Planned:
@@ -63,6 +64,7 @@ def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: L
             f"on the measured links a step talks between nodes for {latency(mapping.after_seconds)}, in the cluster's own "
             f"order for {latency(mapping.before_seconds)}"
         )
+    inside = inside_blocks(model, layout, workload, links, cluster.hardware)
     planned.numbers = _numbers(request, cluster, estimate, answers)
     planned.document = {
         "layout": asdict(layout),
@@ -70,6 +72,7 @@ def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: L
         "predicted": _predicted(estimate, sentences),
         "others": [_other(candidate, result.best[0]) for candidate in others],
         "pareto": [_point(candidate) for candidate in result.pareto],
+        "inside_blocks": [one._asdict() for one in inside],
         "neighbours": dict(neighbours(result, result.best[0])),
         "why_not": answers,
         "searched": asdict(result.counted),

@@ -156,3 +156,10 @@ def test_only_what_divides_and_is_outermost():
 def test_what_cannot_be_read(text, message):
     with pytest.raises(TersorError, match=message):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["b s i+, o i+ -> b s o", "b s (g q d^), b t^ (g d^), b t^ (g v^) -> b s (g q v^)", "b s e^, e^ -> b s e^"]
+)
+def test_an_annotation_is_written_as_it_was_read(text):
+    assert parse(text).text == text

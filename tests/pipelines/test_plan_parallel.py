@@ -69,6 +69,10 @@ def test_fixed_choices_are_kept(model, tmp_path):
     plan = read_plan(planned(model, tmp_path / "P", "--pin", pins, "--fix", "pp=2,zero=1", "--fix", "stages=3+1"))
     assert (plan["layout"]["tp"], plan["layout"]["pp"], plan["layout"]["zero"]) == (2, 2, 1)
     assert plan["layout"]["stages"] == [3, 1]
+    (inside,) = plan["inside_blocks"]
+    along = {name: cut for name, _, cut, _ in inside["rows"] if name}
+    assert inside["blocks"] == [0, 1, 2, 3]
+    assert (along["keys"], along["mlp.up"], along["mlp.down"]) == ("g", "f", "f")
     assert "Schedule of one step" in (tmp_path / "P" / "report.html").read_text()
 
 

@@ -50,8 +50,19 @@ class Annotation(NamedTuple):
         found = (n.name for dims in (*self.inputs, *self.outputs) for dim in dims for n in dim)
         return tuple(dict.fromkeys(found))
 
+    @property
+    def text(self) -> str:
+        """As `parse` reads it."""
+        inputs, outputs = (", ".join(_written(dims) for dims in side) for side in (self.inputs, self.outputs))
+        return f"{inputs} -> {outputs}"
+
     def shape(self, dims: Dims, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(prod(sizes[n.name] for n in dim) for dim in dims)
+
+
+def _written(dims: Dims) -> str:
+    words = [" ".join(n.name + n.kind for n in dim) for dim in dims]
+    return " ".join(f"({word})" if " " in word else word for word in words)
 
 
 class Split(NamedTuple):
