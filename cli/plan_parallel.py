@@ -128,7 +128,7 @@ def _summary(report) -> list[tuple[str, str]]:
         rows.append(
             ("next tokens", f"{latency(plan['tpot_seconds'])} each, {count(plan['tokens_per_second'])} tokens/s")
         )
-    rows.append(("memory", f"{size(plan['peak_bytes'])} of {size(plan['device_bytes'])} on the fullest device"))
+    rows.append(("memory", f"{size(plan['peak_bytes'])} of {size(plan['device_bytes'])} usable, on the fullest device"))
     if plan.get("shards"):
         rows.append(("shards", plan["shards"]))
     if plan.get("check"):

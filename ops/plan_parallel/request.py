@@ -27,7 +27,8 @@ class Workload:
     `precision` is what products are made in; weights and gradients are kept in `weight_bytes` and `gradient_bytes` a
     number, a float32 master copy beside them where `master`. Serving: `prompt` tokens read and `generate` written by each
     request, `rate` requests a second in all (None: as many as go), objective `latency` or `throughput`, time to the
-    first token at most `ttft_seconds`, between tokens at most `tpot_seconds` (None: no limit).
+    first token at most `ttft_seconds`, between tokens at most `tpot_seconds` (None: no limit). `batch`: sequences that a
+    plan has a data-parallel rank serve at once (None: not planned).
     """
 
     mode: str = "train"
@@ -45,6 +46,7 @@ class Workload:
     objective: str = "throughput"
     ttft_seconds: float | None = None
     tpot_seconds: float | None = None
+    batch: int | None = None
 
     def __post_init__(self):
         known = (("mode", MODES), ("optimizer", OPTIMIZERS), ("objective", OBJECTIVES), ("precision", PRECISIONS))

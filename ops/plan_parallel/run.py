@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from tersor.formats.cluster import Cluster, load_cluster
@@ -97,7 +97,8 @@ def _fill(
     written = {}
     for role, layout in planned.layouts.items():
         instead = {runtime: other for (of, runtime), other in planned.instead.items() if of == role}
-        found = summary(write_exports(folder / role, model, layout, request.workload, cluster, instead))
+        workload = replace(request.workload, batch=planned.batches.get(role))
+        found = summary(write_exports(folder / role, model, layout, workload, cluster, instead))
         for runtime, other in instead.items():
             found[runtime]["layout"] = other.describe()
         written |= {f"{role} {runtime}".strip(): entry for runtime, entry in found.items()}
@@ -208,7 +209,7 @@ def _page(report: Report, planned: Planned, cluster: Cluster) -> str:
             ("Next tokens", latency(numbers["tpot_seconds"]), "each"),
             ("Tokens a second", count(numbers["tokens_per_second"]), "written, of all devices"),
         ]
-    tiles.append(("Memory", size(numbers["peak_bytes"]), f"of {size(numbers['device_bytes'])}, fullest device"))
+    tiles.append(("Memory", size(numbers["peak_bytes"]), f"of {size(numbers['device_bytes'])} usable, fullest device"))
     provenance = [
         ("command", command_line(report.step())),
         ("tersor", report.version),

@@ -63,10 +63,15 @@ def plan_serving(request: Request, model: PlanModel, cluster: Cluster, links: Li
         "tokens_per_second": best.tokens_per_second,
         "requests_per_second": best.requests_per_second,
         "peak_bytes": fullest,
-        "device_bytes": cluster.hardware.memory_bytes,
+        "device_bytes": cluster.memory_bytes,
         **({"why_not": answers} if answers else {}),
     }
-    return Planned(layouts, document, numbers, page.serving(result, sentences, document))
+    batches = {
+        role: group.operating.batch
+        for role, group in zip(layouts, best.groups, strict=True)
+        if group.operating.role != "prefill"  # whose prompts come one after the other
+    }
+    return Planned(layouts, document, numbers, page.serving(result, sentences, document), batches=batches)
 
 
 def _devices(plan: ServePlan, cluster: Cluster) -> list[list[int] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 from tersor.formats.cluster import Cluster
 from tersor.formats.errors import TersorError
@@ -11,7 +12,7 @@ from tersor.ops.plan_parallel import page
 from tersor.ops.plan_parallel.communication.links import Links
 from tersor.ops.plan_parallel.communication.mapping import Mapping, map_ranks
 from tersor.ops.plan_parallel.communication.messages import message_bytes
-from tersor.ops.plan_parallel.cost.measured import read_measured
+from tersor.ops.plan_parallel.cost.measured import Measured, read_measured
 from tersor.ops.plan_parallel.cost.memory import even_stages
 from tersor.ops.plan_parallel.cost.step import Costs, Estimate
 from tersor.ops.plan_parallel.export.common import Unsupported
@@ -43,12 +44,14 @@ def plan_training(request: Request, model: PlanModel, cluster: Cluster, links: L
     result = search(model, costs, cluster, workload, pins, request.top, request.tiers, accepts)
     if not result.best:
         raise _refused(request, model, cluster, result)
-    best, *others = result.best
-    layout = written_out(best.layout, model)
     mapping = None
     if cluster.bandwidth is not None:
-        links, mapping = _mapped(request, model, layout, cluster, links)
+        placed = [_placed(request, model, candidate.layout, cluster, links, measured) for candidate in result.best]
+        placed.sort(key=lambda one: one.candidate.rank)
+        result.best, links, mapping = [one.candidate for one in placed], placed[0].links, placed[0].mapping
         costs = Costs(model, cluster, links, workload, request.convention, measured)
+    best, *others = result.best
+    layout = written_out(best.layout, model)
     estimate = costs.estimate(layout, exact=True)
     timeline = on_the_clock(layout, estimate) if layout.pp > 1 else None
     answers = {asked: why_not(asked, result) for asked in request.why_not}
@@ -124,14 +127,24 @@ def _instead(
     return found
 
 
-def _mapped(
-    request: Request, model: PlanModel, layout: Layout, cluster: Cluster, links
-) -> tuple[Links, Mapping | None]:
-    """Links as this layout meets them; with --map in the order of nodes that suits it best."""
-    if not request.map_ranks:
-        return links.placed(layout), None
-    mapping = map_ranks(layout, cluster, message_bytes(model, layout, request.workload), request.seed)
-    return links.placed(layout, mapping.order), mapping
+class Placed(NamedTuple):
+    """A plan on the links that it meets."""
+
+    candidate: Candidate
+    links: Links
+    mapping: Mapping | None
+
+
+def _placed(
+    request: Request, model: PlanModel, layout: Layout, cluster: Cluster, links: Links, measured: Measured | None
+) -> Placed:
+    """With --map the order of nodes that suits the layout best, else the cluster's own."""
+    mapping = None
+    if request.map_ranks:
+        mapping = map_ranks(layout, cluster, message_bytes(model, layout, request.workload), request.seed)
+    met = links.placed(layout, mapping.order if mapping else None)
+    costs = Costs(model, cluster, met, request.workload, request.convention, measured)
+    return Placed(Candidate(layout, costs.estimate(layout, exact=True)), met, mapping)
 
 
 def _too_many(result: SearchResult) -> str:
@@ -152,7 +165,7 @@ def _numbers(request: Request, cluster: Cluster, estimate: Estimate, answers: di
         "mfu": estimate.mfu,
         "bound_by": f"bound by {estimate.bound_by}",
         "peak_bytes": estimate.peak_bytes,
-        "device_bytes": cluster.hardware.memory_bytes,
+        "device_bytes": cluster.memory_bytes,
     }
     if request.workload.tokens:
         numbers["training_seconds"] = request.workload.tokens / estimate.tokens_per_second

@@ -30,6 +30,8 @@ def export(model: PlanModel, layout: Layout, workload: Workload, cluster: Cluste
         "max-model-len": min(longest, model.facts.context or longest),
         "gpu-memory-utilization": round(cluster.usable_memory, 2),
     }
+    if workload.batch:
+        options["max-num-seqs"] = workload.batch
     if layout.cp > 1:
         options["prefill-context-parallel-size"] = layout.cp
     if layout.ep > 1:
