@@ -2,23 +2,28 @@
 
     python benchmarks/distill_speed.py --model cache/smollm2
 
-The student is the teacher with noise on its weights, both are float32; the loops take turns step by step, on the same batch,
-in one process, and the median of the rounds counts. The losses are printed, to show that all compute the same.
+The student is the teacher with noise on its weights, both are float32. Every loop has a process of its own (beside another's
+models the same products were seen to be 10 % slower), loops take turns, and the median of all their steps but the first of
+a process counts. The losses are printed, to show that all compute the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from measure import save, use_cores
 
-ROUNDS = 6
+ROUNDS, TURNS = 5, 2  # steps of a process, processes of a loop
 PLAIN = "transformers + AdamW"
+LOOPS = ("tersor", "tersor --no-nested", PLAIN)
 NOISE = 0.05  # of the standard deviation of a matrix
 
 
@@ -28,27 +33,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
+    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
+    parser.add_argument("--student", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     threads = use_cores(arguments.threads)
-
-    import torch
-
-    torch.set_num_threads(threads)
+    if arguments.loop:
+        return run(arguments, threads)
+    seconds: dict[str, list[float]] = {name: [] for name in arguments.loops}
+    losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=arguments.model.parent) as folder:
         student = noisy(arguments.model, Path(folder) / "student")
-        loops = {
-            "tersor": ours(arguments, student),
-            "tersor --no-nested": ours(arguments, student, nested=False),
-            PLAIN: plain(arguments, student),
-        }
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    losses: dict[str, list[float]] = {name: [] for name in loops}
-    for round_ in range(ROUNDS + 1):
-        for name, step in loops.items():
-            began = time.perf_counter()
-            losses[name].append(step(round_))
-            if round_:
-                seconds[name].append(time.perf_counter() - began)
+        for _ in range(TURNS):
+            for name in arguments.loops:
+                command = [sys.executable, __file__, *sys.argv[1:], "--loop", name, "--student", student]
+                done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+                found = json.loads(done.stdout.splitlines()[-1])
+                seconds[name] += found["seconds"][1:]
+                losses[name] = found["losses"]
     tokens = arguments.batch * arguments.seq_len
     rows = {
         name: {
@@ -72,6 +74,23 @@ def main() -> None:
         },
     )  # fmt: skip
     print(f"written to {path}")
+
+
+def run(arguments, threads: int) -> None:
+    """One loop: prints the seconds and the loss of each step."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if arguments.loop == PLAIN:
+        step = plain(arguments, arguments.student)
+    else:
+        step = ours(arguments, arguments.student, nested=arguments.loop == "tersor")
+    seconds, losses = [], []
+    for number in range(ROUNDS):
+        began = time.perf_counter()
+        losses.append(step(number))
+        seconds.append(time.perf_counter() - began)
+    print(json.dumps({"seconds": seconds, "losses": losses}))
 
 
 def noisy(model: Path, folder: Path) -> Path:
@@ -100,7 +119,7 @@ def ours(arguments, student: Path, nested: bool = True):
     from tersor.ops.distill.session import Session
 
     request = Request(
-        str(student), Path("unused"), str(arguments.model), steps=ROUNDS + 1, batch=arguments.batch,
+        str(student), Path("unused"), str(arguments.model), steps=ROUNDS, batch=arguments.batch,
         seq_len=arguments.seq_len, warmup=0, schedule="constant", nested=nested,
     )  # fmt: skip
     session = Session(request, torch.device("cpu"), Ranks())
@@ -114,7 +133,7 @@ def plain(arguments, folder: Path):
     from tersor.ops.distill.data import TrainingData
     from transformers import AutoModelForCausalLM
 
-    data = TrainingData(arguments.model, None, arguments.seq_len, arguments.batch, ROUNDS + 1, 0)
+    data = TrainingData(arguments.model, None, arguments.seq_len, arguments.batch, ROUNDS, 0)
     teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-4, weight_decay=0.0, fused=True)

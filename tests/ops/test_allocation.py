@@ -159,7 +159,8 @@ def test_owl_refuses_what_it_cannot_use():
 
 # --- rate and distortion -------------------------------------------------------------------------------------------
 
-option = st.tuples(st.integers(0, 60), st.floats(-5, 50) | st.sampled_from([0.0, 1.0, 2.0]))
+losses = st.integers(-5_000_000, 50_000_000).map(lambda n: n / 1e6)  # no differences that a sum swallows
+option = st.tuples(st.integers(0, 60), losses | st.sampled_from([0.0, 1.0, 2.0]))
 instances = st.lists(st.lists(option, min_size=1, max_size=5), min_size=1, max_size=5).map(
     lambda layers: {
         f"layer{number}": Options([cost for cost, _ in layer], [loss for _, loss in layer])

@@ -20,7 +20,6 @@ from header_models import (
 from tersor.formats.checkpoint import Checkpoint
 from tersor.formats.errors import TersorError
 from tersor.formats.sparse.packed import Packed
-from tersor.ops.plan_parallel import model as plan_model
 from tersor.ops.plan_parallel.layout import Layout, Mesh
 from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.transform.legality import legal_ep, legal_etp, legal_tp
@@ -115,12 +114,6 @@ def test_latent_attention(tmp_path):
     assert found[f"{moe}gate.e_score_correction_bias"].dim is None and not found[f"{moe}gate.weight"].is_expert
     assert legal(legal_tp(model, 128)) == [1, 2, 4, 8, 16, 32, 64, 128] and len(legal(legal_ep(model))) == 9
     assert not notes(model)
-
-
-@pytest.fixture(autouse=True)
-def headers_only(monkeypatch):
-    """Rules need no decoded view; that of packed codes reads their shape through torch."""
-    monkeypatch.setattr(plan_model, "DenseView", lambda checkpoint: None)
 
 
 def quantized(folder, tensors, settings, config=TINY_LLAMA) -> PlanModel:

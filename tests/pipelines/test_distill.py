@@ -240,7 +240,7 @@ def test_two_processes_give_the_curve_of_one(student, family, text, tmp_path):
         assert torch.equal(tensor == 0, after[name] == 0) or "_proj" not in name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "mezo"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw8bit", marks=pytest.mark.slow), "mezo"])
 def test_two_processes_go_on_where_they_were_interrupted(optimizer, student, family, text, tmp_path):
     """To the same bytes, and with mezo to the same log, which one process can replay."""
     settings = ["--steps", 10, "--optimizer", optimizer]
