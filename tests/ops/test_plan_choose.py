@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import product
-from math import inf, prod
+from math import inf
 
 import pytest
 from header_models import (
@@ -26,6 +26,7 @@ from tersor.ops.plan_parallel.model import PlanModel
 from tersor.ops.plan_parallel.transform import choose as chooser_module
 from tersor.ops.plan_parallel.transform.annotation import R
 from tersor.ops.plan_parallel.transform.choose import Chooser, Device, choose
+from tersor.ops.plan_parallel.transform.inside import weight_bytes
 from tersor.ops.plan_parallel.transform.operators import block_operators, structure
 
 H100 = Device(4e14, 3e12)
@@ -42,15 +43,6 @@ def nvlink(collective: str, nbytes: float, group) -> float:
 
 def of(folder, config, shapes) -> PlanModel:
     return PlanModel(Checkpoint(write_model(folder, config, shapes)))
-
-
-def weight_bytes(nodes) -> int:
-    return sum(
-        2 * prod(shape)
-        for node in nodes
-        for name, shape in zip(node.inputs, node.shapes()[0], strict=True)
-        if name in node.weights
-    )
 
 
 def cut(model: PlanModel, n: int, piece: int = -2, streams=(R, 1), room: float = 1.2):

@@ -12,7 +12,7 @@ from tersor.ops.model.facts import EMBEDDING
 from tersor.ops.plan_parallel.cost.conventions import LOW_RANK, Kept, States, state_bytes
 from tersor.ops.plan_parallel.cost.shares import rule_shares
 from tersor.ops.plan_parallel.layout import Layout
-from tersor.ops.plan_parallel.model import BACK, Piece, PlanModel
+from tersor.ops.plan_parallel.model import Piece, PlanModel
 
 
 class Held(NamedTuple):
@@ -71,12 +71,6 @@ def tied_table(model: PlanModel, tp: int) -> Held:
             numbers, nbytes = weight.params / tp, weight.nbytes / tp
             return Held(numbers, 0.0, nbytes, 0.0, numbers, 0.0)
     return Held()
-
-
-def holds_tied_copy(model: PlanModel, pieces: tuple[Piece, ...]) -> bool:
-    """Whether a stage has the head of a tied table and not the table itself."""
-    kinds = {piece.kind for piece in pieces}
-    return model.facts.tied and BACK in kinds and len(kinds & {"embedding"}) == 0
 
 
 def expert_ranks(layout: Layout) -> int:

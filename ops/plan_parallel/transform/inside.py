@@ -48,7 +48,7 @@ def inside_blocks(model: PlanModel, layout: Layout, workload: Workload, links, h
         piece = model.pieces[1 + blocks[0]]
         try:
             nodes = block_operators(model, piece, layout.micro_batch, workload.seq_len // layout.cp, layout.tp)
-            chosen = choose(nodes, chooser, ROOM * _weight_bytes(nodes) / layout.tp)
+            chosen = choose(nodes, chooser, ROOM * weight_bytes(nodes) / layout.tp)
         except TersorError as error:
             found.append(Inside(blocks, [], why=str(error)))
         else:
@@ -56,7 +56,8 @@ def inside_blocks(model: PlanModel, layout: Layout, workload: Workload, links, h
     return found
 
 
-def _weight_bytes(nodes: tuple[Node, ...]) -> int:
+def weight_bytes(nodes: tuple[Node, ...]) -> int:
+    """Of all operators, in 16 bits."""
     return sum(
         2 * prod(shape)
         for node in nodes
